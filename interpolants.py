@@ -1,0 +1,236 @@
+"""Stochastic interpolants: one row a family, everything else follows from the row.
+
+    x_t  = alpha(t) x0 + beta(t) x1 + gamma(t) z        t = 0 is data, t = 1 is the reference, z ~ N(0, I)
+    I'_t = alpha'(t) x0 + beta'(t) x1 + gamma'(t) z     the velocity target
+
+(Albergo, Boffi and Vanden-Eijnden, arXiv:2303.08797, eq. 4.1.) A family is three functions of t. Derivatives are taken by
+automatic differentiation, conversions between velocity, data, noise and score predictions are the solution of two linear
+equations, and the solvers need nothing but these. All coefficients are float32 tensors of shape (B,) or broadcast (B,1,1,1).
+"""
+import math
+from typing import Callable, NamedTuple
+
+import torch
+
+PREDICTIONS = ("velocity", "data", "noise", "score")
+SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv:2206.00364, table 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows
+
+class Interpolant(NamedTuple):
+    """One family. `predict` is the prediction its networks use unless told otherwise; `precondition` asks for the network's
+    input and output to be scaled by the path's size, for rows where x_t strays far from unit size."""
+    alpha: Callable
+    beta: Callable
+    gamma: Callable = torch.zeros_like
+    predict: str = "velocity"
+    precondition: bool = False
+
+
+def vp_log_abar(t, beta_min=0.1, beta_max=20.0):
+    """log abar_t of the continuous variance-preserving schedule (Song et al., arXiv:2011.13456, eq. 33)."""
+    return -(beta_min * t + 0.5 * (beta_max - beta_min) * t ** 2)
+
+
+def ve_sigma(t, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """EDM's noise levels (arXiv:2206.00364, eq. 5): a uniform grid of t is EDM's sampling grid."""
+    return (sigma_min ** (1 / rho) + t * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
+
+
+FAMILIES = {
+    "linear": Interpolant(lambda t: 1 - t, lambda t: t),
+    "vp": Interpolant(lambda t: (0.5 * vp_log_abar(t)).exp(), lambda t: (-vp_log_abar(t).expm1()).sqrt(), predict="noise"),
+    "gvp": Interpolant(lambda t: (math.pi / 2 * t).cos(), lambda t: (math.pi / 2 * t).sin()),
+    "ve": Interpolant(torch.ones_like, ve_sigma, predict="data", precondition=True),
+    "bridge": Interpolant(lambda t: 1 - t, lambda t: t, lambda t: (t * (1 - t)).sqrt(), predict="data"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coefficients
+
+class Coefficients(NamedTuple):
+    """Values and time derivatives at t. `s` is the std of the Gaussian part as the networks see it: sqrt(beta^2 + gamma^2)
+    where x1 is noise, gamma where the networks are given x1."""
+    alpha: torch.Tensor
+    beta: torch.Tensor
+    gamma: torch.Tensor
+    s: torch.Tensor
+    dalpha: torch.Tensor
+    dbeta: torch.Tensor
+    dgamma: torch.Tensor
+    ds: torch.Tensor
+
+
+def coefficients(path, t, ndim=1, sees_x1=False):
+    """t (B,) -> Coefficients, each (B, 1, ..., 1) with ndim dimensions. Forward-mode derivatives: they work under no_grad."""
+    def std(t):
+        if sees_x1:
+            return path.gamma(t)
+        return path.beta(t) if path.gamma is torch.zeros_like else torch.hypot(path.beta(t), path.gamma(t))
+
+    t = torch.as_tensor(t).detach()
+    if not t.is_floating_point():
+        t = t.float()
+    values, slopes = torch.func.jvp(lambda t: (path.alpha(t), path.beta(t), path.gamma(t), std(t)), (t,), (torch.ones_like(t),))
+    return Coefficients(*(c.reshape(c.shape + (1,) * (ndim - c.ndim)) for c in (*values, *slopes)))
+
+
+def unit_ratio(path, t, ndim=1, sees_x1=False):
+    """c(t) = alpha' - alpha s'/s, so that (difference of velocities) = c (difference of data predictions)."""
+    k = coefficients(path, t, ndim, sees_x1)
+    return k.dalpha - k.alpha * k.ds / k.s
+
+
+def check_log_snr(path, t_min=1e-3, t_max=1 - 1e-3, sees_x1=False):
+    """Raise ValueError unless log SNR = 2 log(alpha / s) falls in t and alpha' c >= 0 on [t_min, t_max].
+
+    The stop-gradient objectives are descent directions only then: their gradient is E[alpha' beta^2 lambda' (s_psi - s*) dG].
+    """
+    t = torch.linspace(t_min, t_max, 1001, dtype=torch.float64)
+    k = coefficients(path, t, sees_x1=sees_x1)
+    slope = 2 * (k.dalpha / k.alpha - k.ds / k.s)
+    if not bool((slope < 0).all()):
+        raise ValueError(f"log SNR does not fall at t = {float(t[~(slope < 0)][0]):.3f}")
+    if not bool((k.dalpha * unit_ratio(path, t, sees_x1=sees_x1) >= 0).all()):
+        raise ValueError("alpha' c(t) is negative: alpha must not grow with t")
+
+
+def time_of_noise_ratio(path, ratio, sees_x1=False):
+    """The time t at which s(t) / alpha(t) = ratio, clamped to [1e-3, 1]: how noise levels carry over between families."""
+    lo, hi = 1e-3, 1.0
+    for _ in range(50):
+        mid = 0.5 * (lo + hi)
+        k = coefficients(path, torch.tensor(mid, dtype=torch.float64), sees_x1=sees_x1)
+        lo, hi = (mid, hi) if k.s < ratio * k.alpha else (lo, mid)
+    return round(hi, 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The path and its predictions
+
+def interpolate(path, x0, x1, t, z=None):
+    """x0, x1, z (B,C,H,W), t (B,) -> x_t, I'_t (B,C,H,W). z may be None where gamma = 0 (checked by the caller's row)."""
+    k = coefficients(path, t, x0.ndim)
+    x_t, velocity = k.alpha * x0 + k.beta * x1, k.dalpha * x0 + k.dbeta * x1
+    if z is not None and path.gamma is not torch.zeros_like:
+        x_t, velocity = x_t + k.gamma * z, velocity + k.dgamma * z
+    return x_t, velocity
+
+
+def target(path, prediction, x0, x1, t, z=None, sees_x1=False):
+    """The regression target of a prediction, (B,C,H,W): its conditional mean given x_t is what a network learns."""
+    if prediction == "data":
+        return x0
+    if prediction == "velocity":
+        return interpolate(path, x0, x1, t, z)[1]
+    k = coefficients(path, t, x0.ndim, sees_x1)
+    x_t = interpolate(path, x0, x1, t, z)[0]
+    noise = (x_t - k.alpha * x0 - (k.beta * x1 if sees_x1 else 0)) / k.s
+    return noise if prediction == "noise" else -noise / k.s
+
+
+def loss_weight(path, prediction, t, ndim=4, sees_x1=False):
+    """Weight of the squared error at t, (B,1,..,1). Velocity and noise: 1. Score: s^2, which is the noise loss. Data: with
+    preconditioning SNR + 1/sigma_d^2, EDM's weight (arXiv:2206.00364, table 1), without it the SNR between 1 (arXiv:2202.00512,
+    section 4) and 5 (arXiv:2303.09556), since a plain network cannot follow an SNR that grows without bound."""
+    k = coefficients(path, t, ndim, sees_x1)
+    if prediction == "data":
+        snr = (k.alpha / k.s) ** 2
+        return snr + 1 / SIGMA_DATA ** 2 if path.precondition else snr.clamp(1, 5)
+    return k.s ** 2 if prediction == "score" else torch.ones_like(k.s)
+
+
+def convert(path, out, source, to, x_t, t, x1=None):
+    """Turn a network's output from one prediction into another. out, x_t (B,C,H,W), t (B,); x1 where the networks see it.
+
+    With r = x_t - [beta x1] the Gaussian part obeys   r = alpha x0 + s eps   and   v - [beta' x1] = alpha' x0 + s' eps;
+    velocity, data (x0), noise (eps) and score (-eps / s) are four views of the same pair.
+    """
+    for name in (source, to):
+        if name not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {name!r}: choose from {', '.join(PREDICTIONS)}")
+    if source == to:
+        return out
+    k = coefficients(path, t, x_t.ndim, sees_x1=x1 is not None)
+    r = x_t if x1 is None else x_t - k.beta * x1
+    if source == "velocity":
+        v = out if x1 is None else out - k.dbeta * x1
+        det = k.alpha * k.ds - k.dalpha * k.s  # = -c s, never zero while the SNR falls
+        x0, eps = (k.ds * r - k.s * v) / det, (k.alpha * v - k.dalpha * r) / det
+    elif source == "data":
+        x0, eps = out, (r - k.alpha * out) / k.s
+    else:
+        eps = out if source == "noise" else -k.s * out
+        x0 = (r - k.s * eps) / k.alpha
+    if to == "data":
+        return x0
+    if to == "velocity":
+        v = k.dalpha * x0 + k.ds * eps
+        return v if x1 is None else v + k.dbeta * x1
+    return eps if to == "noise" else -eps / k.s
+
+
+def preconditioning(path, points=513):
+    """EDM's c_in, c_skip, c_out of this path on a uniform grid of t, as three lists of floats: part of a network's configuration.
+
+    data prediction = c_skip x_t + c_out F(c_in x_t, t)    (arXiv:2206.00364, eq. 7, with alpha in front of the data)
+    """
+    k = coefficients(path, torch.linspace(0, 1, points, dtype=torch.float64))
+    size = (k.alpha * SIGMA_DATA) ** 2 + k.s ** 2
+    return [c.tolist() for c in (size.rsqrt(), k.alpha * SIGMA_DATA ** 2 / size, SIGMA_DATA * k.s * size.rsqrt())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers: from t = 1 to t = 0 in N intervals
+
+SOLVERS = ("euler", "heun", "sde")
+DIFFUSIONS = {  # w(t) of the reverse SDE; the marginals do not depend on it, the discretisation error does
+    "sigma": lambda k: k.s,
+    "constant": lambda k: torch.ones_like(k.s),
+    "sbdm": lambda k: 2 * (k.s * k.ds - k.s ** 2 * k.dalpha / k.alpha.clamp_min(1e-3)),  # the forward SDE's own diffusion
+}
+
+
+def time_grid(path, steps, prediction="velocity", end=1e-3):
+    """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 1 - end where the prediction has no velocity at
+    t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no solver evaluates the network."""
+    if int(steps) != steps or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
+    one = torch.ones(1, 1, dtype=torch.float64)
+    v = convert(path, one, prediction, "velocity", 2 * one, torch.ones(1, dtype=torch.float64))
+    return torch.linspace(1.0 if bool(v.isfinite().all()) else 1 - end, 0, int(steps) + 1, dtype=torch.float64)
+
+
+def solve(path, net, x, steps, solver="euler", prediction="velocity", diffusion="sigma", noise=None, x1=None):
+    """Integrate from the reference to data. x (B,C,H,W) at the grid's first time -> x0 (B,C,H,W).
+
+    net(x_t, t (B,)) gives `prediction`. euler: exactly `steps` network calls, heun: 2 steps - 1 (both for the probability-flow
+    ODE dx = v dt), sde: Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW backwards in time, `steps` calls, with
+    noise(i) -> (B,C,H,W) for step i. The last interval ends at t = 0, where s = 0 makes a velocity meaningless on several
+    rows: it returns the data prediction, which on the linear path is the Euler step.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+    grid = time_grid(path, steps, prediction)
+    for i in range(len(grid) - 1):
+        t = torch.full((len(x),), float(grid[i]), dtype=torch.float32, device=x.device)
+        t_next = torch.full_like(t, float(grid[i + 1]))
+        dt = float(grid[i + 1] - grid[i])
+        out = net(x, t)
+        if i == len(grid) - 2:
+            return convert(path, out, prediction, "data", x, t, x1)
+        v = convert(path, out, prediction, "velocity", x, t, x1)
+        if solver == "euler":
+            x = x + dt * v
+        elif solver == "heun":
+            ahead = x + dt * v
+            v_next = convert(path, net(ahead, t_next), prediction, "velocity", ahead, t_next, x1)
+            x = x + 0.5 * dt * (v + v_next)
+        else:
+            k = coefficients(path, t, x.ndim, sees_x1=x1 is not None)
+            w = DIFFUSIONS[diffusion](k)
+            score = convert(path, out, prediction, "score", x, t, x1)
+            x = x + dt * (v - 0.5 * w * score) + (-dt * w).sqrt() * noise(i)
