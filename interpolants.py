@@ -3,7 +3,7 @@
     x_t  = alpha(t) x0 + beta(t) x1 + gamma(t) z        t = 0 is data, t = 1 is the reference, z ~ N(0, I)
     I'_t = alpha'(t) x0 + beta'(t) x1 + gamma'(t) z     the velocity target
 
-(Albergo, Boffi and Vanden-Eijnden, arXiv:2303.08797, eq. 4.1.) A family is three functions of t. Derivatives are taken by
+(Albergo, Boffi and Vanden-Eijnden, arXiv:2303.08797.) A family is three functions of t. Derivatives are taken by
 automatic differentiation, conversions between velocity, data, noise and score predictions are the solution of two linear
 equations, and the solvers need nothing but these. All coefficients are float32 tensors of shape (B,) or broadcast (B,1,1,1).
 """
@@ -65,17 +65,17 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(path, t, ndim=1, sees_x1=False):
-    """t (B,) -> Coefficients, each (B, 1, ..., 1) with ndim dimensions. Forward-mode derivatives: they work under no_grad."""
+    """t (B,) -> Coefficients, each (B, 1, ..., 1) with ndim dimensions."""
     def std(t):
         if sees_x1:
             return path.gamma(t)
         return path.beta(t) if path.gamma is torch.zeros_like else torch.hypot(path.beta(t), path.gamma(t))
 
-    t = torch.as_tensor(t).detach()
-    if not t.is_floating_point():
-        t = t.float()
-    values, slopes = torch.func.jvp(lambda t: (path.alpha(t), path.beta(t), path.gamma(t), std(t)), (t,), (torch.ones_like(t),))
-    return Coefficients(*(c.reshape(c.shape + (1,) * (ndim - c.ndim)) for c in (*values, *slopes)))
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        values = [f(t) for f in (path.alpha, path.beta, path.gamma, std)]
+        slopes = [torch.autograd.grad(v.sum(), t)[0] if v.requires_grad else torch.zeros_like(t) for v in values]
+    return Coefficients(*(c.detach().reshape(c.shape + (1,) * (ndim - c.ndim)) for c in (*values, *slopes)))
 
 
 def unit_ratio(path, t, ndim=1, sees_x1=False):
@@ -199,9 +199,10 @@ def time_grid(path, steps, prediction="velocity", end=1e-3):
     t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no solver evaluates the network."""
     if int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
-    one = torch.ones(1, 1, dtype=torch.float64)
-    v = convert(path, one, prediction, "velocity", 2 * one, torch.ones(1, dtype=torch.float64))
-    return torch.linspace(1.0 if bool(v.isfinite().all()) else 1 - end, 0, int(steps) + 1, dtype=torch.float64)
+    t, one = torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    v, k = convert(path, one, prediction, "velocity", 2 * one, t), coefficients(path, t)
+    regular = bool((v.isfinite() & k.ds.isfinite()).all())
+    return torch.linspace(1.0 if regular else 1 - end, 0, int(steps) + 1, dtype=torch.float64)
 
 
 def solve(path, net, x, steps, solver="euler", prediction="velocity", diffusion="sigma", noise=None, x1=None):

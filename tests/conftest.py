@@ -1,0 +1,83 @@
+"""Shared by the tests: the project on the path, and its scripts called in this process as the shell would call them."""
+import importlib
+import pathlib
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("distill", "--iters", 2, ...) -> (exit code, stdout, stderr)."""
+    def call(name, *flags):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        code = 0
+        try:
+            module.command(module.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return call
+
+
+@pytest.fixture
+def refused(script):
+    """A user's mistake: one line on stderr that names it, exit code 2, no traceback. -> the line."""
+    def call(name, *flags, says=()):
+        code, _, err = script(name, *flags)
+        assert code == 2, (code, err)
+        assert err.startswith(f"{name}.py: error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+        for words in [says] if isinstance(says, str) else says:
+            assert words in err, err
+        return err
+    return call
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """An .npz of 40 noisy 8x8 images in 4 classes."""
+    path = tmp_path_factory.mktemp("images") / "small.npz"
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 4
+    pixels = np.clip(rng.normal(60 * labels[:, None, None], 20, (40, 8, 8)), 0, 255).astype(np.uint8)
+    np.savez(path, x_train=pixels, y_train=labels)
+    return path
+
+
+SMALL = ("--model", "SiT-XXS/4", "--batch", 4, "--log_every", 1, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def small_teacher(images, tmp_path_factory):
+    """A trained-for-two-steps teacher.pt of SiT-XXS/4, whose last layer has been shaken so that its output is not 0."""
+    out = tmp_path_factory.mktemp("teacher")
+    import train_teacher
+    argv, sys.argv = sys.argv, ["train_teacher.py", "--data", str(images), *map(str, SMALL), "--iters", "2", "--out", str(out)]
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train_teacher.main()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    path = out / "teacher.pt"
+    state = torch.load(path, weights_only=True)
+    g = torch.Generator().manual_seed(0)
+    for weights in (state["ema"], state["model"]):
+        for name, value in weights.items():
+            if name.startswith("final_layer") or "adaLN" in name:
+                value += 0.05 * torch.randn(value.shape, generator=g)
+    torch.save(state, path)
+    return path
