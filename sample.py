@@ -3,7 +3,7 @@
     python sample.py --ckpt out/student.pt --n 64 --out samples.png
     python sample.py --ckpt out/teacher.pt --n 10000 --steps 50 --out teacher.npz
     python sample.py --compare out/teacher.pt out/student.pt --out compare.png
-    torchrun --nproc_per_node=2 sample.py --ckpt out/student.pt --n 50000 --out samples.npz
+    torchrun --nproc_per_node=2 sample.py --ckpt out/student.pt --samples 50000 --out samples.npz
 
 Image i depends on (--seed, i) alone: not on the batch, the device's generator or the number of processes.
 """
@@ -285,7 +285,8 @@ def main():
     add = parser.add_argument
     add("--ckpt", help="checkpoint of a teacher or a student")
     add("--compare", nargs=2, metavar=("TEACHER", "STUDENT"), help="draw both side by side instead")
-    add("--n", type=number(int, 1), default=None, help="how many images (64; with --compare 100)")
+    add("--n", "--samples", type=number(int, 1), default=None, help="how many images (64; with --compare 100); under torchrun "
+        "write --samples, since torchrun takes --n for a flag of its own")
     add("--steps", type=number(int, 1), default=None, help="network steps of a teacher (50); a student takes one")
     add("--solver", type=one_of(SOLVERS), default="euler", help="/".join(SOLVERS) + "; steps are intervals for each")
     add("--diffusion", type=one_of(DIFFUSIONS), default="sigma", help="w(t) of --solver sde: " + "/".join(DIFFUSIONS))
