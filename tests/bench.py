@@ -1,0 +1,167 @@
+"""Timings, side by side in one process; absolute numbers are this machine's, ratios are what carries over.
+
+    python tests/bench.py iteration     # one distillation iteration against the naive arrangement, and the forward units of both
+    python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
+
+A forward unit is one network pass over one batch; a backward pass costs two more when weights get gradients and one more when
+only the input does.
+"""
+import argparse
+import contextlib
+import io
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import distill  # noqa: E402
+from distill import OBJECTIVES, generator_loss  # noqa: E402
+from interpolants import FAMILIES  # noqa: E402
+from model import SiT, build_model, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
+from sample import generate, one_step  # noqa: E402
+from train_teacher import regression_loss  # noqa: E402
+
+PATH = FAMILIES["linear"]
+
+
+def random_teacher(folder, model, side, channels):
+    """A checkpoint with random weights: the cost of a pass does not depend on them."""
+    size, patch = parse_name(model)
+    config = {"network": dict(size=size, patch=patch, image_size=side, channels=channels, num_classes=10), "model": model,
+              "interpolant": "linear", "prediction": "velocity", "data": "none"}
+    torch.manual_seed(0)
+    net = build_model(config)
+    for p in net.parameters():
+        if p.requires_grad and p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.02)
+    path = pathlib.Path(folder, "teacher.pt")
+    save_checkpoint(path, {"config": config, "ema": net.state_dict()})
+    return path, net, config
+
+
+@contextlib.contextmanager
+def counted(count):
+    """Adds the images that pass through any SiT to count[0]."""
+    forward = SiT.forward
+
+    def counting(self, x_t, t, y=None):
+        count[0] += len(x_t)
+        return forward(self, x_t, t, y)
+    SiT.forward = counting
+    try:
+        yield
+    finally:
+        SiT.forward = forward
+
+
+def ours(teacher, folder, args, *flags):
+    """Seconds per iteration of distill.py itself, between the two lines of its log: what comes before the first is warm-up."""
+    out = pathlib.Path(folder, "ours")
+    argv, sys.argv = sys.argv, ["distill.py", "--teacher_ckpt", str(teacher), "--batch", str(args.batch), "--iters", str(2 * args.iterations),
+                                "--log_every", str(args.iterations), "--sample_every", "100000", "--out", str(out), "--fresh", *map(str, flags)]
+    log = out / "log.jsonl"
+    log.unlink(missing_ok=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            distill.main()
+    finally:
+        sys.argv = argv
+    times = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    return [(times[1] - times[0]) / args.iterations]
+
+
+def naive(net, args, objective, k_psi):
+    """The arrangement this project does without: guidance inside the student, so that each of its passes is two, and the student
+    run again on the same noise for every critic step."""
+    student, critic, teacher = (frozen_copy(net) for _ in range(3))
+    student.requires_grad_(True), critic.requires_grad_(True)
+    optimizers = [torch.optim.Adam(n.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for n in (student, critic)]
+    shape = (args.batch, net.channels, args.side, args.side)
+
+    def sample(x1, y):
+        return one_step(PATH, lambda x, t, y: guided(student, x, t, y, 2.0), "velocity", 0.714, x1, x1, y)
+    times = []
+    for i in range(2 * args.iterations):
+        began = time.perf_counter()
+        start, y = torch.randn(shape), torch.randint(10, (args.batch,))
+        for _ in range(k_psi):
+            with torch.no_grad():
+                x0 = sample(start, y)
+            regression_loss(critic, PATH, "velocity", x0, torch.randn(shape), None, torch.rand(args.batch), y).mean().backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+        x0 = sample(start, y)
+        leaf = x0.detach().requires_grad_()
+        loss, _ = generator_loss(PATH, "velocity", teacher, critic, leaf, torch.randn(shape), None, 0.02 + 0.96 * torch.rand(args.batch), y,
+                                 **OBJECTIVES[objective])
+        x0.backward(torch.autograd.grad(loss.mean(), leaf)[0])
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        times.append(time.perf_counter() - began)
+    return times[args.iterations:]
+
+
+def iteration(args):
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, net, _ = random_teacher(folder, args.model, args.side, args.channels)
+        print(f"{args.model} on {args.side}x{args.side}x{args.channels}, batch {args.batch}, {args.rounds} rounds of {args.iterations} iterations, "
+              f"{torch.get_num_threads()} threads; medians")
+        for objective, k_psi, flags in (("cross", 5, ["--reuse_samples"]), ("cross", 5, []), ("cross", 1, []), ("sid", 1, [])):
+            flags = ["--objective", objective, "--k_psi", k_psi, *flags]
+            mine, other, ratios = [], [], []
+            backward = 2 + 2 * k_psi + (2 if OBJECTIVES[objective]["grad"] == "full" else 0)
+            units = []
+            for _ in range(args.rounds):  # in turn: a slow moment of the machine meets both
+                for times, run in ((mine, lambda: ours(teacher, folder, args, *flags)), (other, lambda: naive(net, args, objective, k_psi))):
+                    count = [0]
+                    with counted(count):
+                        times.append(statistics.median(run()))
+                    units.append(count[0] / args.batch / (2 * args.iterations))
+                ratios.append(other[-1] / mine[-1])
+            spread_pass = 50 / args.batch / args.iterations  # ours also measures the student's spread for each line of the log
+            print(f"{objective} k_psi {k_psi}{' reuse' * ('--reuse_samples' in flags)}: {units[0] - spread_pass + backward:.0f} units, "
+                  f"{1000 * statistics.median(mine):.0f} ms (the log's {spread_pass:.2f} units included); naive "
+                  f"{units[1] + backward + 2:.0f} units, {1000 * statistics.median(other):.0f} ms; {statistics.median(ratios):.2f} times cheaper "
+                  f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def sampling(args):
+    with tempfile.TemporaryDirectory() as folder:
+        _, net, config = random_teacher(folder, args.model, args.side, args.channels)
+        net = net.eval().requires_grad_(False)
+        student = {**config, "student": {"t_init": 0.714, "steps": 1, "cfg_scale": 1.0}}
+        print(f"{args.model} on {args.side}x{args.side}x{args.channels}, batch {args.batch}, {torch.get_num_threads()} threads; medians of {args.rounds}")
+        results = {name: [] for name in ("student, 1 step", "teacher, 50 steps", "teacher, 250 steps", "teacher, 50 steps, guided")}
+        for r in range(args.rounds + 1):
+            for name, (c, steps, scale) in zip(results, ((student, 1, 1.0), (config, 50, 1.0), (config, 250, 1.0), (config, 50, 2.0))):
+                began = time.perf_counter()
+                generate(net, c, np.arange(args.batch) % 10, r, range(args.batch), steps, cfg_scale=scale)
+                if r:  # the first round is warm-up
+                    results[name].append((time.perf_counter() - began) / args.batch * 1000)
+        for name, times in results.items():
+            ratio = statistics.median(t / s for t, s in zip(times, results["student, 1 step"]))
+            print(f"{name}: {statistics.median(times):.2f} ms an image, {ratio:.0f} times the student's")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("iteration", "sampling"))
+    parser.add_argument("--model", default="SiT-XS/4")
+    parser.add_argument("--side", type=int, default=28)
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    globals()[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
