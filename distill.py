@@ -101,7 +101,7 @@ def parse_flags():
     add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help=f"smallest time of the losses (s/alpha = {RATIO_RANGE[0]})")
     add("--t_max", type=number(float, 0, 1, open_low=True), default=None, help=f"largest time of the losses (s/alpha = {RATIO_RANGE[1]:g})")
     add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = unconditional")
-    add("--iters", type=number(int, 1), default=1000, help="iterations in all; raise it to go on")
+    add("--iters", type=number(int, 1), default=300, help="iterations in all; raise it to go on")
     add("--batch", type=number(int, 1), default=64, help="images a step, over all processes")
     add("--lr", type=number(float, 0, open_low=True), default=2e-4, help="the student's Adam learning rate")
     add("--critic_lr", type=number(float, 0, open_low=True), default=None, help="the critic's (3 times the student's)")
@@ -142,6 +142,8 @@ def main():
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is a student, give its teacher")
     if args.model not in (None, config["model"]):
         raise UserError(f"--model {args.model}: the teacher {args.teacher_ckpt} is a {config['model']}; leave --model out")
+    if args.cfg_scale != 1 and teacher.num_classes == 0:
+        raise UserError(f"--cfg_scale {args.cfg_scale:g}: the teacher {args.teacher_ckpt} has no classes to guide with")
     path, prediction = FAMILIES[config["interpolant"]], config["prediction"]
     check_objective(path, args.grad, args.units)
     args.t_init = args.t_init or time_of_noise_ratio(path, START_RATIO)

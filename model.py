@@ -158,8 +158,10 @@ class SiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 nn.init.zeros_(module.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
+        # DiT starts labels at 0.02 as well; behind zero gates that hides the class for hundreds of iterations.
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
         # Zero gates make every block the identity at first, and a zero last layer makes the first prediction 0.
         for module in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1],
                                                                               self.final_layer.linear]:

@@ -318,6 +318,8 @@ def main():
             raise UserError(f"--cfg_scale {args.cfg_scale:g}: {args.ckpt} is a student, its guidance was distilled into it "
                             f"(scale {config['student']['cfg_scale']:g}), leave it out")
     steps, scale = args.steps or 50, 1.0 if args.cfg_scale is None else args.cfg_scale
+    if scale != 1 and net.num_classes == 0:
+        raise UserError(f"--cfg_scale {scale:g}: {args.ckpt} has no classes to guide with")
     labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
     out, folder = pathlib.Path(args.out), pathlib.Path(args.out).suffix.lower() not in (".png", ".npz")
     if folder:

@@ -9,7 +9,6 @@ Writes OUT/teacher.pt (everything: the same command again goes on from it), OUT/
 import contextlib
 import gzip
 import hashlib
-import io
 import json
 import pathlib
 import signal
@@ -42,7 +41,7 @@ class Images(NamedTuple):
     num_classes: int
 
 
-def draw_digits(n=10000, size=28, seed=0):
+def draw_digits(n=10000, size=24, seed=0):
     """n procedural digits, image i of class i % 10: Pillow's built-in font under a random rotation, shear, scale, shift and
     stroke. Image i is a function of (seed, i, size)."""
     side = 3 * size  # drawn three times too large, so that the affine map and the reduction are smooth
@@ -50,9 +49,9 @@ def draw_digits(n=10000, size=28, seed=0):
     font = ImageFont.load_default(0.75 * side)
     for i in range(n):
         rng = np.random.default_rng([seed, i])
-        angle, shear = rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3)
-        scale, stroke = rng.uniform(0.8, 1.15, 2), int(rng.integers(0, max(2, side // 18)))
-        shift = rng.uniform(-0.06, 0.06, 2) * side
+        angle, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
+        scale, stroke = rng.uniform(0.8, 1.1, 2), int(rng.integers(side // 40, side // 16 + 1))
+        shift = rng.uniform(-0.05, 0.05, 2) * side
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         inverse = np.linalg.inv(turn @ np.array([[1, shear], [0, 1]]) * scale)  # Pillow maps output to input
         offset = side / 2 - inverse @ (side / 2 + shift)
@@ -202,7 +201,7 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
     """--data by name or path -> Images. The one reader of training data and of references."""
     path = pathlib.Path(data)
     if data == "digits":
-        images, labels = draw_digits(size=image_size or 28, seed=seed)
+        images, labels = draw_digits(size=image_size or 24, seed=seed)
     elif data in IDX_FILES:
         images, labels = read_idx_set(data, data_dir)
     elif data == "cifar10":
@@ -319,6 +318,12 @@ class Log:
         self.file, self.job, self.iters, self.batch = pathlib.Path(out, "log.jsonl"), job, iters, batch
         self.rank, self.world, self.first, self.began = rank, world, step, time.time()
         self.last_step, self.last_time, self.sums = step, self.began, {}
+        if rank == 0 and self.file.exists():  # lines after the checkpoint are about to be written again
+            lines = [line for line in self.file.read_text().splitlines(True)
+                     if not line.startswith(f'{{"job": "{job}"') or json.loads(line)["step"] <= step]
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text("".join(lines))
+            temporary.replace(self.file)
 
     def add(self, **values):
         """Tensors stay on the device: nothing waits for it until a line is due."""
@@ -409,12 +414,12 @@ def parse_flags():
     add("--interpolant", type=one_of(FAMILIES), default="linear", help=", ".join(FAMILIES))
     add("--prediction", type=one_of(PREDICTIONS), default=None, help="velocity, data, noise or score (the interpolant's own)")
     add("--label_dropout", type=number(float, 0, 1), default=0.1, help="share of labels replaced by the null class, for guidance")
-    add("--iters", type=number(int, 1), default=1000, help="optimizer steps in all; raise it to go on")
+    add("--iters", type=number(int, 1), default=1200, help="optimizer steps in all; raise it to go on")
     add("--batch", type=number(int, 1), default=64, help="images a step, over all processes")
     add("--accum", type=number(int, 1), default=1, help="pieces that each process cuts its share of the batch into")
-    add("--lr", type=number(float, 0, open_low=True), default=1e-3, help="AdamW's learning rate")
+    add("--lr", type=number(float, 0, open_low=True), default=3e-3, help="AdamW's learning rate")
     add("--warmup", type=number(int, 0), default=100, help="iterations of linear warm-up")
-    add("--decay_from", type=number(int, 0), default=1000, help="from here the rate falls as 1/sqrt(iteration); 0 = never")
+    add("--decay_from", type=number(int, 0), default=500, help="from here the rate falls as 1/sqrt(iteration); 0 = never")
     add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW's decay")
     add("--clip", type=number(float, 0, open_low=True), default=1.0, help="largest gradient norm")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")

@@ -310,6 +310,26 @@ def test_batch_that_does_not_divide_names_one_that_does(tmp_path, images, small_
     assert not (tmp_path / "run").exists()
 
 
+def test_guidance_without_classes_is_refused(script, refused, images, tmp_path):
+    script("train_teacher", "--data", images, *SMALL, "--iters", 1, "--unconditional", "--out", tmp_path)
+    refused("distill", "--teacher_ckpt", tmp_path / "teacher.pt", "--cfg_scale", 4, says=("--cfg_scale 4", "no classes"))
+    refused("sample", "--ckpt", tmp_path / "teacher.pt", "--cfg_scale", 4, "--out", tmp_path / "s.npz", says=("--cfg_scale 4", "no classes"))
+    refused("sample", "--ckpt", tmp_path / "teacher.pt", "--labels", 3, "--out", tmp_path / "s.npz", says=("--labels 3", "no classes"))
+    assert script("sample", "--ckpt", tmp_path / "teacher.pt", "--n", 3, "--steps", 2, "--out", tmp_path / "s.npz")[0] == 0
+
+
+def test_a_log_line_is_never_there_twice(script, images, tmp_path):
+    """Iterations after the last checkpoint run again after a crash; --fresh runs all of them again."""
+    flags = ("--data", images, *SMALL, "--out", tmp_path)
+    script("train_teacher", *flags, "--iters", 2)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"job": "teacher", "step": 3, "loss": 0}\n{"job": "distill", "step": 9}\n')
+    script("train_teacher", *flags, "--iters", 4)
+    assert [line["step"] for line in log(tmp_path, "teacher")] == [1, 2, 3, 4] and len(log(tmp_path, "distill")) == 1
+    script("train_teacher", *flags, "--iters", 1, "--fresh")
+    assert [line["step"] for line in log(tmp_path, "teacher")] == [1]
+
+
 def test_stop_in_velocity_units_is_refused_on_ve(script, refused, images, tmp_path):
     script("train_teacher", "--data", images, *SMALL, "--iters", 1, "--interpolant", "ve", "--out", tmp_path)
     refused("distill", "--teacher_ckpt", tmp_path / "teacher.pt", "--grad", "stop", "--units", "velocity", says=("--units velocity", "--units data"))

@@ -1,0 +1,73 @@
+"""The README's commands run as they are written, with flags appended that make them tiny; its links and flags exist."""
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    """Every call of one of our scripts in the README's bash blocks, in order: (script, flags)."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("#")[0].split("&&"):
+                words = shlex.split(part)
+                script = next((w for w in words if w in ("train_teacher.py", "distill.py", "sample.py")), None)
+                if script:
+                    found.append((script[:-3], words[words.index(script) + 1:]))
+    return found
+
+
+TINY = {"train_teacher": ["--iters", "1", "--batch", "8", "--device", "cpu", "--fresh"],
+        "distill": ["--iters", "1", "--batch", "8", "--device", "cpu", "--fresh"],
+        "sample": ["--samples", "10", "--device", "cpu"]}
+
+
+def test_commands_run_as_written_at_tiny_size(script, tmp_path, monkeypatch):
+    """One after the other in an empty folder, as a reader would, so that each finds what those above it have written."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.savez("mnist.npz", x_train=rng.integers(0, 256, (50, 28, 28)).astype(np.uint8), y_train=np.arange(50) % 10)
+    ran = []
+    for name, flags in commands():
+        if "SiT-XL/2" in flags:  # the same flags on the teacher at hand
+            flags = [{"SiT-XL/2": "SiT-XS/4", "sit_xl.pt": "out/teacher.pt"}.get(word, word) for word in flags]
+        if "FOLDER" in flags:
+            continue
+        steps = ["--steps", "2"] if name == "sample" and "--steps" in flags else []
+        code, _, err = script(name, *flags, *TINY[name], *steps)
+        assert code == 0, (name, flags, err)
+        ran.append(name)
+    assert {"train_teacher", "distill", "sample"} == set(ran) and len(ran) >= 10
+
+
+def test_both_first_commands_are_complete():
+    """On a machine with only Python: environment, requirements, work."""
+    for marker in ("first", "tests"):
+        block = re.search(rf"<!-- {marker} -->\s*```bash\n(.*?)```", README, re.S)[1]
+        assert "python3 -m venv" in block and "pip install -r requirements.txt" in block
+        assert len(block.replace("\\\n", " ").strip().splitlines()) == 1
+
+
+def test_files_named_in_the_readme_exist():
+    for path in re.findall(r"\]\(([\w/.-]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["train_teacher", "distill", "sample"])
+def test_the_table_of_flags_is_complete(script, name):
+    _, stdout, _ = script(name, "--help")
+    for flag in set(re.findall(r"^  (--\w+)", stdout, re.M)):
+        assert f"`{flag}`" in README, f"{flag} of {name}.py"
+
+
+def test_the_project_speaks_of_itself_alone():
+    for path in [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        text = path.read_text()
+        for word in ("/wo" + "rk/", "/tm" + "p/w", ".lib" + "rary", "sha" + "red/"):
+            assert word not in text, (path, word)
