@@ -319,11 +319,17 @@ class Log:
         self.rank, self.world, self.first, self.began = rank, world, step, time.time()
         self.last_step, self.last_time, self.sums = step, self.began, {}
         if rank == 0 and self.file.exists():  # lines after the checkpoint are about to be written again
-            lines = [line for line in self.file.read_text().splitlines(True)
-                     if not line.startswith(f'{{"job": "{job}"') or json.loads(line)["step"] <= step]
+            lines = [line for line in self.file.read_text().splitlines(True) if self.stays(line, step)]
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text("".join(lines))
             temporary.replace(self.file)
+
+    def stays(self, line, step):
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut off by a crash
+            return False
+        return record["job"] != self.job or record["step"] <= step
 
     def add(self, **values):
         """Tensors stay on the device: nothing waits for it until a line is due."""

@@ -323,7 +323,7 @@ def test_a_log_line_is_never_there_twice(script, images, tmp_path):
     flags = ("--data", images, *SMALL, "--out", tmp_path)
     script("train_teacher", *flags, "--iters", 2)
     with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"job": "teacher", "step": 3, "loss": 0}\n{"job": "distill", "step": 9}\n')
+        f.write('{"job": "teacher", "step": 3, "loss": 0}\n{"job": "distill", "step": 9}\n{"job": "tea')
     script("train_teacher", *flags, "--iters", 4)
     assert [line["step"] for line in log(tmp_path, "teacher")] == [1, 2, 3, 4] and len(log(tmp_path, "distill")) == 1
     script("train_teacher", *flags, "--iters", 1, "--fresh")
