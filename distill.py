@@ -113,7 +113,7 @@ def parse_flags():
     add("--out", default="out", help="folder of the run")
     add("--fresh", action="store_true", help="start over although --out holds a run")
     add("--log_every", type=number(int, 1), default=10, help="iterations between lines")
-    add("--sample_every", type=number(int, 1), default=200, help="iterations between pictures")
+    add("--sample_every", type=number(int, 1), default=100, help="iterations between pictures")
     add("--save_every", type=number(int, 1), default=1000, help="iterations between checkpoints")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--device", default="auto", help="auto, cpu, cuda or mps")

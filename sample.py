@@ -272,7 +272,7 @@ def compare(args, device):
             images.append(generate(net, config, chosen, args.seed, range(start, start + len(chosen)), steps, args.solver, scale,
                                    args.diffusion))
             elapsed += time.perf_counter() - began
-        panels.append(enlarge(grid(np.concatenate(images), min(args.n, max(10, math.ceil(args.n ** 0.5)))), 480))
+        panels.append(enlarge(grid(np.concatenate(images), min(args.n, max(10, math.ceil(args.n ** 0.5)))), 560))
         guidance = f", guidance {scale:g}" if scale != 1 and name == "teacher" else ""
         captions.append([f"{name}: {steps} step{'s' * (steps > 1)}{guidance}", f"{1000 * elapsed / args.n:.3g} ms an image"])
         print(f"{name}: {args.n} images, {steps} steps, {elapsed:.2f} s")

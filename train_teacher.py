@@ -50,7 +50,7 @@ def draw_digits(n=10000, size=24, seed=0):
     for i in range(n):
         rng = np.random.default_rng([seed, i])
         angle, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
-        scale, stroke = rng.uniform(0.8, 1.1, 2), int(rng.integers(side // 40, side // 16 + 1))
+        scale, stroke = rng.uniform(0.8, 1.1, 2), int(rng.integers(side // 40, side // 24 + 1))
         shift = rng.uniform(-0.05, 0.05, 2) * side
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         inverse = np.linalg.inv(turn @ np.array([[1, shear], [0, 1]]) * scale)  # Pillow maps output to input

@@ -64,8 +64,9 @@ def counted(count):
 def ours(teacher, folder, args, *flags):
     """Seconds per iteration of distill.py itself, between the two lines of its log: what comes before the first is warm-up."""
     out = pathlib.Path(folder, "ours")
-    argv, sys.argv = sys.argv, ["distill.py", "--teacher_ckpt", str(teacher), "--batch", str(args.batch), "--iters", str(2 * args.iterations),
-                                "--log_every", str(args.iterations), "--sample_every", "100000", "--out", str(out), "--fresh", *map(str, flags)]
+    argv, sys.argv = sys.argv, ["distill.py", "--teacher_ckpt", str(teacher), "--batch", str(args.batch),
+                                "--iters", str(2 * args.iterations), "--log_every", str(args.iterations), "--sample_every", "100000",
+                                "--out", str(out), "--fresh", *map(str, flags)]
     log = out / "log.jsonl"
     log.unlink(missing_ok=True)
     try:
@@ -94,12 +95,13 @@ def naive(net, args, objective, k_psi):
         for _ in range(k_psi):
             with torch.no_grad():
                 x0 = sample(start, y)
-            regression_loss(critic, PATH, "velocity", x0, torch.randn(shape), None, torch.rand(args.batch), y).mean().backward()
+            t = torch.rand(args.batch)
+            regression_loss(critic, PATH, "velocity", x0, torch.randn(shape), None, t, y).mean().backward()
             optimizers[1].step()
             optimizers[1].zero_grad()
         x0 = sample(start, y)
         leaf = x0.detach().requires_grad_()
-        loss, _ = generator_loss(PATH, "velocity", teacher, critic, leaf, torch.randn(shape), None, 0.02 + 0.96 * torch.rand(args.batch), y,
+        loss, _ = generator_loss(PATH, "velocity", teacher, critic, leaf, torch.randn(shape), None, torch.rand(args.batch), y,
                                  **OBJECTIVES[objective])
         x0.backward(torch.autograd.grad(loss.mean(), leaf)[0])
         optimizers[0].step()
@@ -111,25 +113,26 @@ def naive(net, args, objective, k_psi):
 def iteration(args):
     with tempfile.TemporaryDirectory() as folder:
         teacher, net, _ = random_teacher(folder, args.model, args.side, args.channels)
-        print(f"{args.model} on {args.side}x{args.side}x{args.channels}, batch {args.batch}, {args.rounds} rounds of {args.iterations} iterations, "
-              f"{torch.get_num_threads()} threads; medians")
+        print(f"{args.model} on {args.side}x{args.side}x{args.channels}, batch {args.batch}, {args.rounds} rounds of "
+              f"{args.iterations} iterations, {torch.get_num_threads()} threads; medians")
         for objective, k_psi, flags in (("cross", 5, ["--reuse_samples"]), ("cross", 5, []), ("cross", 1, []), ("sid", 1, [])):
             flags = ["--objective", objective, "--k_psi", k_psi, *flags]
             mine, other, ratios = [], [], []
             backward = 2 + 2 * k_psi + (2 if OBJECTIVES[objective]["grad"] == "full" else 0)
             units = []
             for _ in range(args.rounds):  # in turn: a slow moment of the machine meets both
-                for times, run in ((mine, lambda: ours(teacher, folder, args, *flags)), (other, lambda: naive(net, args, objective, k_psi))):
+                for times, run in ((mine, lambda: ours(teacher, folder, args, *flags)),
+                                   (other, lambda: naive(net, args, objective, k_psi))):
                     count = [0]
                     with counted(count):
                         times.append(statistics.median(run()))
                     units.append(count[0] / args.batch / (2 * args.iterations))
                 ratios.append(other[-1] / mine[-1])
-            spread_pass = 50 / args.batch / args.iterations  # ours also measures the student's spread for each line of the log
-            print(f"{objective} k_psi {k_psi}{' reuse' * ('--reuse_samples' in flags)}: {units[0] - spread_pass + backward:.0f} units, "
-                  f"{1000 * statistics.median(mine):.0f} ms (the log's {spread_pass:.2f} units included); naive "
-                  f"{units[1] + backward + 2:.0f} units, {1000 * statistics.median(other):.0f} ms; {statistics.median(ratios):.2f} times cheaper "
-                  f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+            logged = 50 / args.batch / args.iterations  # ours also measures the student's spread for each line of its log
+            name = f"{objective} k_psi {k_psi}{' --reuse_samples' * ('--reuse_samples' in flags)}"
+            print(f"{name}: {units[0] - logged + backward:.0f} units, {1000 * statistics.median(mine):.0f} ms (the log's {logged:.2f} units "
+                  f"included); naive {units[1] + backward + 2:.0f} units, {1000 * statistics.median(other):.0f} ms; "
+                  f"{statistics.median(ratios):.2f} times cheaper ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 
 
 def sampling(args):
@@ -137,7 +140,8 @@ def sampling(args):
         _, net, config = random_teacher(folder, args.model, args.side, args.channels)
         net = net.eval().requires_grad_(False)
         student = {**config, "student": {"t_init": 0.714, "steps": 1, "cfg_scale": 1.0}}
-        print(f"{args.model} on {args.side}x{args.side}x{args.channels}, batch {args.batch}, {torch.get_num_threads()} threads; medians of {args.rounds}")
+        print(f"{args.model} on {args.side}x{args.side}x{args.channels}, batch {args.batch}, {torch.get_num_threads()} threads; "
+              f"medians of {args.rounds}")
         results = {name: [] for name in ("student, 1 step", "teacher, 50 steps", "teacher, 250 steps", "teacher, 50 steps, guided")}
         for r in range(args.rounds + 1):
             for name, (c, steps, scale) in zip(results, ((student, 1, 1.0), (config, 50, 1.0), (config, 250, 1.0), (config, 50, 2.0))):
