@@ -16,8 +16,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import FAMILIES, check_log_snr, convert, interpolate, time_of_noise_ratio
-from model import UserError, build_model, ema_update, frozen_copy, guided, load_model, load_weights, save_checkpoint
-from sample import Parser, command, enlarge, generator, grid, number, one_of, one_step, save_picture, start_processes, to_uint8
+from model import UserError, build_model, ema_update, frozen_copy, guided, load_weights, save_checkpoint
+from sample import (Parser, command, enlarge, generator, grid, load_named, number, one_of, one_step, save_picture, start_processes,
+                    to_uint8)
 from train_teacher import (Log, StopSignal, check_batch, draw_noise, learning_rate, optimizer_step, precision, regression_loss,
                            resume, write_flags)
 
@@ -134,10 +135,7 @@ def main():
     say = print if rank == 0 else lambda *_: None
 
     # The teacher, and what follows from its checkpoint.
-    try:
-        teacher, config = load_model(args.teacher_ckpt, device)
-    except UserError as error:
-        raise UserError(f"--teacher_ckpt {error}") from None
+    teacher, config = load_named("--teacher_ckpt", args.teacher_ckpt, device)
     if "student" in config:
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is a student, give its teacher")
     if args.model not in (None, config["model"]):

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=first, epilog=rest, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message):
-        raise UserError(re.sub(r"^argument (\S+): ", r"\1: ", message))
+        raise UserError(re.sub(r"^argument (\S+): ", r"\1 ", message))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -56,6 +56,14 @@ def command(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def load_named(flag, path, device):
+    """model.load_model, with errors that name the flag."""
+    try:
+        return load_model(path, device)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
 
 
 def number(kind, low, high=math.inf, open_low=False):
@@ -255,7 +263,7 @@ def check_output(out, n):
 def compare(args, device):
     """Teacher and student panels with the same labels and seeds, captioned with steps and time."""
     panels, captions = [], []
-    (teacher, teacher_config), (student, student_config) = (load_model(path, device) for path in args.compare)
+    (teacher, teacher_config), (student, student_config) = (load_named("--compare", path, device) for path in args.compare)
     if "student" not in student_config or "student" in teacher_config:
         raise UserError("--compare TEACHER STUDENT: give the teacher's checkpoint first and the student's second")
     if teacher_config["network"]["image_size"] != student_config["network"]["image_size"]:
@@ -310,7 +318,7 @@ def main():
             compare(args, device)
         return
 
-    net, config = load_model(args.ckpt, device)
+    net, config = load_named("--ckpt", args.ckpt, device)
     if "student" in config:
         if (args.steps or 1) != 1:
             raise UserError(f"--steps {args.steps}: {args.ckpt} is a one-step student, leave --steps out")

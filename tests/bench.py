@@ -130,8 +130,8 @@ def iteration(args):
                 ratios.append(other[-1] / mine[-1])
             logged = 50 / args.batch / args.iterations  # ours also measures the student's spread for each line of its log
             name = f"{objective} k_psi {k_psi}{' --reuse_samples' * ('--reuse_samples' in flags)}"
-            print(f"{name}: {units[0] - logged + backward:.0f} units, {1000 * statistics.median(mine):.0f} ms (the log's {logged:.2f} units "
-                  f"included); naive {units[1] + backward + 2:.0f} units, {1000 * statistics.median(other):.0f} ms; "
+            print(f"{name}: {units[0] - logged + backward:.0f} units, {1000 * statistics.median(mine):.0f} ms (and the log's "
+                  f"{logged:.2f}); naive {units[1] + backward + 2:.0f} units, {1000 * statistics.median(other):.0f} ms; "
                   f"{statistics.median(ratios):.2f} times cheaper ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 
 

@@ -275,8 +275,8 @@ def bad_checkpoints(small_teacher, tmp_path):
 
 def test_bad_checkpoints(refused, bad_checkpoints, small_teacher, tmp_path):
     for path in bad_checkpoints:
-        refused("sample", "--ckpt", path, "--out", tmp_path / "s.png", says=path.name)
-        refused("sample", "--compare", small_teacher, path, "--out", tmp_path / "s.png", says=path.name)
+        refused("sample", "--ckpt", path, "--out", tmp_path / "s.png", says=("--ckpt", path.name))
+        refused("sample", "--compare", small_teacher, path, "--out", tmp_path / "s.png", says=("--compare", path.name))
         refused("distill", "--teacher_ckpt", path, "--out", tmp_path / "d", says=("--teacher_ckpt", path.name))
     assert not (tmp_path / "s.png").exists() and not (tmp_path / "d").exists()
 
@@ -287,7 +287,7 @@ def test_bad_flags_of_the_trainers(refused, images, small_teacher, tmp_path):
     for flag in ("--iters", "--batch", "--lr", "--log_every", "--sample_every", "--save_every"):
         for value in ("0", "-1", "many", "nan", "inf"):
             for command in (teacher, student):
-                refused(*command, f"{flag}={value}", says=(flag, value))
+                refused(*command, f"{flag}={value}", says=f"{flag} {value}: must be")
     for flag, value, words in (("--interpolant", "cosine", "linear"), ("--prediction", "epsilon", "velocity"), ("--label_dropout", "1.5", "at most 1"),
                                ("--model", "SiT-H/2", "SiT-SIZE/PATCH"), ("--model", "SiT-XXS/3", "does not divide"),
                                ("--image_size", "9", "patch"), ("--accum", "3", "--batch 64"), ("--data", "imagenet", "no such data set"),
