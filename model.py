@@ -253,7 +253,8 @@ def load_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is a folder, not a checkpoint")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle protocols: what matters is whether it loads
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it loads
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = "GLOBAL" in str(error) or "Unsupported class" in str(error) or "operand" in str(error)
