@@ -104,7 +104,7 @@ def parse_flags():
     add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = unconditional")
     add("--iters", type=number(int, 1), default=300, help="iterations in all; raise it to go on")
     add("--batch", type=number(int, 1), default=64, help="images a step, over all processes")
-    add("--lr", type=number(float, 0, open_low=True), default=2e-4, help="the student's Adam learning rate")
+    add("--lr", type=number(float, 0, open_low=True), default=6e-4, help="the student's Adam learning rate")
     add("--critic_lr", type=number(float, 0, open_low=True), default=None, help="the critic's (3 times the student's)")
     add("--warmup", type=number(int, 0), default=0, help="iterations of linear warm-up")
     add("--decay_from", type=number(int, 0), default=0, help="from here the rates fall as 1/sqrt(iteration); 0 = never")
