@@ -16,9 +16,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import FAMILIES, check_log_snr, convert, interpolate, time_of_noise_ratio
-from model import UserError, build_model, ema_update, frozen_copy, guided, load_weights, save_checkpoint
-from sample import (Parser, command, enlarge, generator, grid, load_named, number, one_of, one_step, save_picture, start_processes,
-                    to_uint8)
+from model import UserError, build_model, ema_update, fingerprint, frozen_copy, guided, load_weights, save_checkpoint
+from sample import (Parser, check_writable, command, enlarge, generator, grid, load_named, number, one_of, one_step, save_picture,
+                    start_processes, to_uint8)
 from train_teacher import (Log, StopSignal, check_batch, draw_noise, learning_rate, optimizer_step, precision, regression_loss,
                            resume, write_flags)
 
@@ -99,8 +99,10 @@ def parse_flags():
         "times and noise): cheaper for --k_psi above 1")
     add("--t_init", type=number(float, 0, 1, open_low=True), default=None, help=f"time at which the student starts (where s/alpha "
         f"= {START_RATIO}: 0.714 on the linear path)")
-    add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help=f"smallest time of the losses (s/alpha = {RATIO_RANGE[0]})")
-    add("--t_max", type=number(float, 0, 1, open_low=True), default=None, help=f"largest time of the losses (s/alpha = {RATIO_RANGE[1]:g})")
+    add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help="smallest time of the losses (s/alpha = "
+        f"{RATIO_RANGE[0]})")
+    add("--t_max", type=number(float, 0, 1, open_low=True), default=None, help="largest time of the losses (s/alpha = "
+        f"{RATIO_RANGE[1]:g})")
     add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = unconditional")
     add("--iters", type=number(int, 1), default=300, help="iterations in all; raise it to go on")
     add("--batch", type=number(int, 1), default=64, help="images a step, over all processes")
@@ -110,7 +112,7 @@ def parse_flags():
     add("--decay_from", type=number(int, 0), default=0, help="from here the rates fall as 1/sqrt(iteration); 0 = never")
     add("--clip", type=number(float, 0, open_low=True), default=1.0, help="largest gradient norm of either network")
     add("--ema", type=number(float, 0, 1), default=[0.995], nargs="+", help="decays of the student's averages; the first is sampled")
-    add("--seed", type=int, default=0, help="of labels, noise and times")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of labels, noise and times")
     add("--out", default="out", help="folder of the run")
     add("--fresh", action="store_true", help="start over although --out holds a run")
     add("--log_every", type=number(int, 1), default=10, help="iterations between lines")
@@ -145,13 +147,21 @@ def main():
     path, prediction = FAMILIES[config["interpolant"]], config["prediction"]
     check_objective(path, args.grad, args.units)
     args.t_init = args.t_init or time_of_noise_ratio(path, START_RATIO)
+    one = torch.ones(1, 1)
+    if not float(convert(path, one, prediction, "data", 2 * one, torch.tensor([args.t_init])).abs()) < 1e3:
+        raise UserError(f"--t_init {args.t_init:g}: there a {prediction} prediction says nothing of the data on the "
+                        f"{config['interpolant']} path; use less, such as 0.99")
     args.t_min, args.t_max = (given or time_of_noise_ratio(path, ratio)
                               for given, ratio in zip((args.t_min, args.t_max), RATIO_RANGE))
     if args.t_min >= args.t_max:
         raise UserError(f"--t_min {args.t_min}: must be below --t_max {args.t_max}")
     config = {**config, "student": {"t_init": args.t_init, "steps": 1, "cfg_scale": args.cfg_scale, "objective": args.objective,
                                     "kappa": args.kappa, "grad": args.grad, "weight": args.weight, "units": args.units}}
-    state = resume(out / "resume.pt", args, "distillation")
+    state = resume(out / "resume.pt", args, "distillation", ("student", "critic", "averages", "optimizers", "teacher"))
+    teacher_id = fingerprint(teacher)
+    if state and state["teacher"] != teacher_id:
+        raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is not the teacher that {out / 'resume.pt'} was made with; choose "
+                        "another --out, or start over with --fresh")
 
     # Student and critic start from the teacher's average. Everyone stays in eval(): no dropout anywhere.
     student, critic = build_model(config).to(device).eval(), build_model(config).to(device).eval()
@@ -171,10 +181,10 @@ def main():
     if args.compile:
         for net in (teacher, student, critic):
             net.compile()
-    wrap = (lambda net: DistributedDataParallel(net, broadcast_buffers=False)) if world > 1 else (lambda net: net)
+    wrap = DistributedDataParallel if world > 1 else (lambda net: net)
     wrapped_student, wrapped_critic = wrap(student), wrap(critic)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable("--out", out)
         write_flags(out, "distill", vars(args))
     say(f"from the teacher: {config['model']}, {config['interpolant']} path, {prediction} prediction, "
         f"{student.num_classes} classes; {device}" + (f" x {world}" if world > 1 else ""))
@@ -214,21 +224,21 @@ def main():
         rows = [x0] + [convert(path, net(x_t, t, y), prediction, "data", x_t, t) for net in (guided_teacher, critic)]
         save_picture(out / f"distill_{step:07d}.png", enlarge(grid(np.concatenate([to_uint8(row) for row in rows]), 10)))
 
+    def result():
+        weights = [net.state_dict() for net in averages]
+        return {"config": config, "step": step, "ema": weights[0], "decays": args.ema, "other_averages": weights[1:]}
+
     def save():
         if rank > 0:
             return
-        emas = [net.state_dict() for net in averages]
-        save_checkpoint(out / "resume.pt", {"flags": vars(args), "step": step, "student": student.state_dict(),
-                                            "critic": critic.state_dict(), "averages": emas,
+        save_checkpoint(out / "resume.pt", {"flags": vars(args), "step": step, "teacher": teacher_id, "student": student.state_dict(),
+                                            "critic": critic.state_dict(), "averages": [net.state_dict() for net in averages],
                                             "optimizers": [o.state_dict() for o in optimizers]})
-        content = {"config": config, "step": step, "ema": emas[0], "decays": args.ema, "other_averages": emas[1:]}
         if step % args.save_every == 0:
-            save_checkpoint(out / f"student_one_step_{step:07d}.pth", content)
-        if step == args.iters:
-            save_checkpoint(out / "student.pt", content)
+            save_checkpoint(out / f"student_one_step_{step:07d}.pth", result())
 
     stop, skipped = StopSignal(), 0
-    log = Log(out, "distill", step, args.iters, args.batch, rank, world)
+    log = Log(out, "distill", step, args.iters, args.batch, rank, world, device)
     while step < args.iters:
         finite, rates = True, [learning_rate(step, lr, args.warmup, args.decay_from) for lr in (args.lr, args.critic_lr)]
 
@@ -283,7 +293,9 @@ def main():
         if stop() and step < args.iters:
             save()
             stop.leave(step, rank)
-    say(f"wrote {out / 'student.pt'}")
+    if rank == 0:
+        save_checkpoint(out / "student.pt", result())
+        print(f"wrote {out / 'student.pt'}")
 
 
 if __name__ == "__main__":

@@ -210,25 +210,36 @@ def solve(path, net, x, steps, solver="euler", prediction="velocity", diffusion=
 
     net(x_t, t (B,)) gives `prediction`. euler: exactly `steps` network calls, heun: 2 steps - 1 (both for the probability-flow
     ODE dx = v dt), sde: Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW backwards in time, `steps` calls, with
-    noise(i) -> (B,C,H,W) for step i. The last interval ends at t = 0, where s = 0 makes a velocity meaningless on several
-    rows: it returns the data prediction, which on the linear path is the Euler step.
+    noise(i) -> (B,C,H,W) for step i.
+
+    Where alpha is constant (ve), t only labels the noise level and s' spans orders of magnitude: there euler and heun step in s,
+    as EDM does (arXiv:2206.00364, algorithm 1). The last interval ends at t = 0, where s = 0 makes a velocity meaningless on
+    several rows: it returns the data prediction, which on the linear path is the Euler step.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
     grid = time_grid(path, steps, prediction)
+
+    def slope(out, x, t):  # dx/dt, or dx/ds
+        v = convert(path, out, prediction, "velocity", x, t, x1)
+        return v / coefficients(path, t, x.ndim, x1 is not None).ds if in_s else v
+
+    middle = coefficients(path, torch.linspace(0.1, 0.9, 9), sees_x1=x1 is not None)
+    in_s = solver != "sde" and bool((middle.dalpha == 0).all())
+    clock = coefficients(path, grid, sees_x1=x1 is not None).s if in_s else grid
     for i in range(len(grid) - 1):
         t = torch.full((len(x),), float(grid[i]), dtype=torch.float32, device=x.device)
         t_next = torch.full_like(t, float(grid[i + 1]))
-        dt = float(grid[i + 1] - grid[i])
+        dt = float(clock[i + 1] - clock[i])
         out = net(x, t)
         if i == len(grid) - 2:
             return convert(path, out, prediction, "data", x, t, x1)
-        v = convert(path, out, prediction, "velocity", x, t, x1)
+        v = slope(out, x, t)
         if solver == "euler":
             x = x + dt * v
         elif solver == "heun":
             ahead = x + dt * v
-            v_next = convert(path, net(ahead, t_next), prediction, "velocity", ahead, t_next, x1)
+            v_next = slope(net(ahead, t_next), ahead, t_next)
             x = x + 0.5 * dt * (v + v_next)
         else:
             k = coefficients(path, t, x.ndim, sees_x1=x1 is not None)

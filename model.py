@@ -241,6 +241,9 @@ def save_checkpoint(path, content):
             torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for the owner alone
         os.replace(temporary, path)
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
@@ -260,7 +263,7 @@ def load_checkpoint(path):
         unsafe = "GLOBAL" in str(error) or "Unsupported class" in str(error) or "operand" in str(error)
         raise UserError(f"{path}: holds Python objects, not just weights; refused, nothing was executed" if unsafe
                         else f"{path}: not a checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+    except Exception:  # a damaged file can fail in any way
         raise UserError(f"{path}: not a checkpoint, or cut off before its end") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint of this project")
@@ -272,7 +275,10 @@ def load_model(path, device="cpu"):
     content = load_checkpoint(path)
     if not {"config", "ema"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (it has no configuration)")
-    net = build_model(content["config"])
+    try:
+        net = build_model(content["config"])
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: its configuration describes no network of this project ({type(error).__name__}: {error})") from None
     load_weights(net, content["ema"], path)
     return net.to(device).eval().requires_grad_(False), content["config"]
 
@@ -280,9 +286,17 @@ def load_model(path, device="cpu"):
 def load_weights(net, state, path):
     try:
         net.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: its weights do not fit its configuration ({reason})") from None
+
+
+def fingerprint(net):
+    """sha256 of the weights: tells whether two files hold the same network."""
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def build_model(config):
@@ -315,7 +329,7 @@ def download(url, path, sha256, size=None):
         part.unlink(missing_ok=True)
         raise UserError(f"{url}: download failed ({type(error).__name__}): {by_hand}") from None
     try:
-        check_file(part, sha256, size, f"; {by_hand}")
+        check_file(part, sha256, size, f" from {url}, deleted; {by_hand}")
     except UserError:
         part.unlink()
         raise

@@ -8,12 +8,14 @@
 Image i depends on (--seed, i) alone: not on the batch, the device's generator or the number of processes.
 """
 import argparse
+import datetime
 import hashlib
 import math
 import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from interpolants import DIFFUSIONS, FAMILIES, SOLVERS, coefficients, convert, solve, time_grid
+from interpolants import DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, coefficients, convert, solve, time_grid
 from model import UserError, guided, load_model
 
 
@@ -47,9 +49,16 @@ def command(main):
     """Run a script's main(): a UserError becomes `file.py: error: ...` (once, from the first process) and exit code 2."""
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still talks
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk that is full, a folder that cannot be written: named, with nothing hidden
+        if error.filename is None:
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -61,9 +70,22 @@ def command(main):
 def load_named(flag, path, device):
     """model.load_model, with errors that name the flag."""
     try:
-        return load_model(path, device)
+        net, config = load_model(path, device)
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
+    for name, table in (("interpolant", FAMILIES), ("prediction", PREDICTIONS), ("model", None)):
+        if name not in config or (table and config[name] not in table):
+            raise UserError(f"{flag} {path}: its {name} {config.get(name)} is unknown here")
+    return net, config
+
+
+def check_writable(flag, folder):
+    """Make the folder, or raise UserError before any work is done that could not be kept."""
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def number(kind, low, high=math.inf, open_low=False):
@@ -74,9 +96,9 @@ def number(kind, low, high=math.inf, open_low=False):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
-        if not (value > low if open_low else value >= low) or value > high or math.isinf(value):
+        if not (value > low if open_low else value >= low) or value > high or value in (math.inf, -math.inf):
             raise argparse.ArgumentTypeError(f"{text}: must be {what}")
         return value
     return parse
@@ -104,11 +126,15 @@ def start_processes(device="auto"):
         raise UserError(f"--device {kind}: not available here, try --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if kind == "cuda":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if local > torch.cuda.device_count():
+            raise UserError(f"--device cuda: {local} processes but {torch.cuda.device_count()} GPUs; start fewer, or use --device cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         kind = f"cuda:{torch.cuda.current_device()}"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Both back ends on CUDA: small facts (stop now?) travel by gloo without waiting for the card.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(hours=3))  # the first process may have a large folder to decode
     return rank, world, torch.device(kind)
 
 
@@ -185,6 +211,9 @@ def choose_labels(spec, n, num_classes, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and files
 
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
 def grid(images, columns, gap=2):
     """(n,H,W,C) uint8 -> (H',W',3) uint8, row by row; more than three channels show the first three."""
     n, height, width, channels = images.shape
@@ -251,6 +280,9 @@ def check_output(out, n):
     if out.suffix.lower() in (".png", ".npz"):
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder")
+        check_writable("--out", out.parent)
+    elif out.suffix.lower() in IMAGE_SUFFIXES | {".npy"} and not out.is_dir():
+        raise UserError(f"--out {out}: choose a name ending in .png or .npz, or a folder")
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: choose a name ending in .png or .npz, or a folder")
     elif out.is_dir():
@@ -266,9 +298,12 @@ def compare(args, device):
     (teacher, teacher_config), (student, student_config) = (load_named("--compare", path, device) for path in args.compare)
     if "student" not in student_config or "student" in teacher_config:
         raise UserError("--compare TEACHER STUDENT: give the teacher's checkpoint first and the student's second")
-    if teacher_config["network"]["image_size"] != student_config["network"]["image_size"]:
-        raise UserError("--compare TEACHER STUDENT: the two make images of different sizes")
+    for name in ("image_size", "channels", "num_classes"):
+        if teacher_config["network"][name] != student_config["network"][name]:
+            raise UserError(f"--compare TEACHER STUDENT: the two differ in {name}")
     scale = student_config["student"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
+    if scale != 1 and teacher.num_classes == 0:
+        raise UserError(f"--cfg_scale {scale:g}: {args.compare[0]} has no classes to guide with")
     labels = choose_labels(args.labels, args.n, teacher.num_classes, args.seed)
     for net, config, name in ((teacher, teacher_config, "teacher"), (student, student_config, "one-step student")):
         steps = 1 if name != "teacher" else args.steps or 50
@@ -301,7 +336,7 @@ def main():
     add("--cfg_scale", type=number(float, 0), default=None, help="guidance of a teacher (1; with --compare what the student "
         "was distilled with): 1 = conditional, 0 = unconditional")
     add("--labels", default="balanced", help="random, balanced, or a list such as 3,1,4 (repeated)")
-    add("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="image i depends on (seed, i) alone")
     add("--batch", type=number(int, 1), default=100, help="images at a time and process")
     add("--out", default="samples.png", help="FILE.png (a grid), FILE.npz (arr_0 images, arr_1 labels) or a FOLDER of PNGs")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -331,7 +366,7 @@ def main():
     labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
     out, folder = pathlib.Path(args.out), pathlib.Path(args.out).suffix.lower() not in (".png", ".npz")
     if folder:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable("--out", out)
 
     # Batches are dealt out in turn. Their borders do not depend on the number of processes, so neither does a single bit.
     images, began, shown = [], time.time(), time.time()
@@ -353,8 +388,6 @@ def main():
         if rank == 0 and time.time() - shown > 5:
             shown = time.time()
             print(f"{done}/{args.n} images, time left {minutes((shown - began) / done * (args.n - done))}", flush=True)
-    if world > 1:
-        dist.barrier()
     if rank == 0:
         if folder:
             (out / "labels.txt").write_text("".join(f"{label}\n" for label in labels))

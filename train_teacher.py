@@ -15,7 +15,6 @@ import signal
 import sys
 import tarfile
 import time
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from interpolants import FAMILIES, PREDICTIONS, interpolate, loss_weight, preconditioning, target
 from model import (UserError, build_model, download, ema_update, frozen_copy, load_checkpoint, load_weights, parse_name,
                    save_checkpoint)
-from sample import (Parser, choose_labels, command, enlarge, generate, generator, grid, minutes, number, one_of, save_picture,
-                    start_processes)
+from sample import (IMAGE_SUFFIXES, Parser, check_writable, choose_labels, command, enlarge, generate, generator, grid, minutes,
+                    number, one_of, save_picture, start_processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,21 +111,23 @@ def read_npz(path):
                 raise UserError(f"--data {path}: no images inside (looked for x_train, images and arr_0, found "
                                 f"{', '.join(npz.files) or 'nothing'})")
             images, labels = (npz[name] if name in npz else None for name in names[0])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can fail in any way
         reason = "holds Python objects, refused" if "allow_pickle" in str(error) else "not a readable .npz file"
         raise UserError(f"--data {path}: {reason}") from None
+    if not isinstance(images, np.ndarray) or not isinstance(labels, (np.ndarray, type(None))):
+        raise UserError(f"--data {path}: {', '.join(names[0])} are not arrays")
     if images.dtype != np.uint8:
         raise UserError(f"--data {path}: {names[0][0]} is {images.dtype}, images must be uint8 (0 to 255)")
     images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or 0 in images.shape:
-        raise UserError(f"--data {path}: {names[0][0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C)")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise UserError(f"--data {path}: {names[0][1]} must be {len(images)} whole numbers from 0, found {labels.dtype} "
-                        f"of shape {labels.shape}")
+    if images.ndim != 4 or 0 in images.shape or images.shape[3] > min(images.shape[1:3]):
+        raise UserError(f"--data {path}: {names[0][0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C), channels last")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
+                               or labels.max() >= 1000000):
+        raise UserError(f"--data {path}: {names[0][1]} must be {len(images)} whole numbers from 0 to 999999, found "
+                        f"{labels.dtype} of shape {labels.shape}")
     return images, labels
-
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def read_image(path, size=None):
@@ -213,6 +214,8 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
     else:
         raise UserError(f"--data {data}: no such data set, .npz file or folder (data sets: digits, {', '.join(IDX_FILES)}, cifar10)")
     size = image_size or min(images.shape[1:3])
+    if images.shape[1:3] != (size, size) and images.shape[3] > 4:
+        raise UserError(f"--image_size {size}: {data} has {images.shape[3]} channels, only images of up to 4 can be resized")
     if images.shape[1:3] != (size, size):  # arrays are cropped and resized like the files of a folder
         images = np.stack([np.asarray(ImageOps.fit(Image.fromarray(i.squeeze(-1) if i.shape[-1] == 1 else i), (size, size),
                                                    Image.Resampling.LANCZOS)).reshape(size, size, -1) for i in images])
@@ -302,10 +305,14 @@ class StopSignal:
         if dist.is_initialized():
             flag = torch.tensor(self.number)  # on the CPU: travels by gloo
             dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if not int(flag):
+                return False  # a signal that came in the meantime is for the next iteration, when all hear of it
             self.number = int(flag)
         return self.number != 0
 
     def leave(self, step, rank):
+        if dist.is_initialized():
+            dist.barrier()
         if rank == 0:
             print(f"stopped after iteration {step}; the same command goes on from here", flush=True)
         sys.exit(130 if self.number == signal.SIGINT else 0)
@@ -314,7 +321,8 @@ class StopSignal:
 class Log:
     """Averages of the numbers since the last line: one line for people, one JSON object in OUT/log.jsonl."""
 
-    def __init__(self, out, job, step, iters, batch, rank, world):
+    def __init__(self, out, job, step, iters, batch, rank, world, device):
+        self.device = device
         self.file, self.job, self.iters, self.batch = pathlib.Path(out, "log.jsonl"), job, iters, batch
         self.rank, self.world, self.first, self.began = rank, world, step, time.time()
         self.last_step, self.last_time, self.sums = step, self.began, {}
@@ -327,9 +335,9 @@ class Log:
     def stays(self, line, step):
         try:
             record = json.loads(line)
-        except ValueError:  # cut off by a crash
+            return record["job"] != self.job or record["step"] <= step
+        except (ValueError, TypeError, KeyError):  # cut off by a crash, or nobody's
             return False
-        return record["job"] != self.job or record["step"] <= step
 
     def add(self, **values):
         """Tensors stay on the device: nothing waits for it until a line is due."""
@@ -347,7 +355,7 @@ class Log:
         rate = (step - self.last_step) * self.batch / max(now - self.last_time, 1e-9)
         left = (now - self.began) / max(1, step - self.first) * (self.iters - step)
         record = {"job": self.job, "step": step, **dict(zip(names, means.tolist())), **facts, "images_per_second": rate,
-                  "memory_mib": peak_memory(), "seconds": now - self.began}
+                  "memory_mib": peak_memory(self.device), "seconds": now - self.began}
         self.last_step, self.last_time, self.sums = step, now, {}
         if self.rank == 0:
             shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("job", "step", "seconds", "images_per_second",
@@ -359,9 +367,9 @@ class Log:
         return record
 
 
-def peak_memory():
-    """MiB: of the card where there is one, else of the process."""
-    if torch.cuda.is_available():
+def peak_memory(device):
+    """MiB: of the card where the run is on one, else of the process."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 20
     try:
         import resource
@@ -374,12 +382,13 @@ def peak_memory():
 FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir", "skip_broken"}
 
 
-def resume(path, args, name):
-    """The checkpoint at path if it continues this command, None if there is none. Raises UserError when a flag differs."""
+def resume(path, args, name, needs):
+    """The checkpoint at path if it continues this command, None if there is none. Raises UserError when a flag differs.
+    needs: the keys that such a checkpoint must have."""
     if args.fresh or not pathlib.Path(path).exists():
         return None
     state = load_checkpoint(path)
-    if "flags" not in state:
+    if not {"flags", "step", *needs} <= state.keys():
         raise UserError(f"--out {args.out}: {path} is no {name} run; choose another --out, or start over with --fresh")
     for flag, was in state["flags"].items():
         now = getattr(args, flag, None)
@@ -429,7 +438,7 @@ def parse_flags():
     add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW's decay")
     add("--clip", type=number(float, 0, open_low=True), default=1.0, help="largest gradient norm")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
-    add("--seed", type=int, default=0, help="of weights, data order and noise")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of weights, data order and noise")
     add("--out", default="out", help="folder of the run")
     add("--fresh", action="store_true", help="start over although --out holds a run")
     add("--log_every", type=number(int, 1), default=20, help="iterations between lines")
@@ -448,16 +457,24 @@ def main():
     rank, world, device = start_processes(args.device)
     check_batch(args.batch, world, args.accum)
     out = pathlib.Path(args.out)
-    state = resume(out / "teacher.pt", args, "teacher's")
+    state = resume(out / "teacher.pt", args, "teacher's", ("model", "ema", "optimizer"))
     torch.set_float32_matmul_precision("high")
     say = print if rank == 0 else lambda *_: None
 
     # Data. The first process downloads or decodes, the others find the result.
-    if rank > 0:
-        dist.barrier()
-    data = load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken, args.unconditional, say)
-    if rank == 0 and world > 1:
-        dist.barrier()
+    def load():
+        return load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken, args.unconditional, say)
+    data, problem = None, [None]
+    if rank == 0:
+        try:
+            data = load()
+        except UserError as error:
+            problem = [error]
+    if world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise problem[0]
+    data = data or load()
     side, channels = data.images.shape[1], data.images.shape[3]
     if side % patch:
         raise UserError(f"--model {args.model}: its patch does not divide the {side}x{side} images; add --image_size "
@@ -466,9 +483,10 @@ def main():
     # The network, its average and its optimizer.
     path, prediction = FAMILIES[args.interpolant], args.prediction or FAMILIES[args.interpolant].predict
     config = {"network": {"size": size, "patch": patch, "image_size": side, "channels": channels, "num_classes": data.num_classes,
-                          "qk_norm": args.qk_norm, "precondition": preconditioning(path) if path.precondition and prediction ==
-                          "data" else None},
+                          "qk_norm": args.qk_norm, "precondition": preconditioning(path) if path.precondition else None},
               "model": args.model, "interpolant": args.interpolant, "prediction": prediction, "data": args.data}
+    if path.precondition and prediction != "data":
+        raise UserError(f"--prediction {prediction}: {args.interpolant} is preconditioned, its networks predict data; leave it out")
     torch.manual_seed(args.seed)
     net = build_model(config).to(device)
     ema = frozen_copy(net)
@@ -482,9 +500,9 @@ def main():
         say(f"going on from iteration {step} of {out / 'teacher.pt'}")
     if args.compile:
         net.compile()
-    wrapped = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+    wrapped = DistributedDataParallel(net) if world > 1 else net
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable("--out", out)
         write_flags(out, "train_teacher", vars(args))
     say(f"{args.model}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(data.images)} images "
         f"{side}x{side}x{channels}, {data.num_classes} classes, {args.interpolant} path, {prediction} prediction, {device}"
@@ -502,7 +520,7 @@ def main():
             save_picture(out / f"samples_{step:07d}.png", enlarge(grid(images, n // 10)))
 
     stop, skipped = StopSignal(), 0
-    log = Log(out, "teacher", step, args.iters, args.batch, rank, world)
+    log = Log(out, "teacher", step, args.iters, args.batch, rank, world, device)
     share = args.batch // world
     mine = slice(rank * share, (rank + 1) * share)
     while step < args.iters:

@@ -65,7 +65,7 @@ def ours(teacher, folder, args, *flags):
     """Seconds per iteration of distill.py itself, between the two lines of its log: what comes before the first is warm-up."""
     out = pathlib.Path(folder, "ours")
     argv, sys.argv = sys.argv, ["distill.py", "--teacher_ckpt", str(teacher), "--batch", str(args.batch),
-                                "--iters", str(2 * args.iterations), "--log_every", str(args.iterations), "--sample_every", "100000",
+                                "--iters", str(2 * args.iterations), "--log_every", str(args.iterations), "--sample_every", "100000", "--device", "cpu",
                                 "--out", str(out), "--fresh", *map(str, flags)]
     log = out / "log.jsonl"
     log.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -104,6 +105,16 @@ def test_bad_npz(tmp_path):
              "negative_labels": dict(images=good, labels=np.array([0, 1, -1, 2]))}
     for name, arrays in cases.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
+    np.savez(tmp_path / "channels_first.npz", images=np.zeros((2, 30, 8, 8), np.uint8))
+    np.savez(tmp_path / "huge_labels.npz", images=good, labels=np.array([0, 1, 2, 2 ** 40]))
+    np.save(tmp_path / "array.npy", good)
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as archive:
+        archive.writestr("images", b"not an array")
+    np.savez_compressed(tmp_path / "packed.npz", images=np.arange(65536).astype(np.uint8).reshape(64, 32, 32))
+    packed = bytearray((tmp_path / "packed.npz").read_bytes())
+    packed[60:90] = bytes(30)
+    (tmp_path / "packed.npz").write_bytes(packed)
     whole = (tmp_path / "nothing.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.npz").write_bytes(b"hello")

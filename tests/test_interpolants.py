@@ -205,3 +205,17 @@ def test_a_family_is_one_row():
     noise, x = start(path, "velocity", 200)
     x0 = solve(path, exact(path, "velocity"), x, 200, "heun")
     torch.testing.assert_close(x0, MEAN + STD * noise, rtol=0.05, atol=0.02)
+
+
+def test_euler_on_ve_steps_in_sigma():
+    """EDM's first-order sampler, written out: 50 steps keep the data's spread, which Euler in t would shrink by a third."""
+    path = FAMILIES["ve"]
+    noise, x = start(path, "data", 50, n=500)
+    x0 = solve(path, exact(path, "data"), x, 50, "euler", "data")
+    sigma, by_hand = coefficients(path, time_grid(path, 50)).s, x
+    for i in range(50):
+        denoised = exact(path, "data")(by_hand, time_grid(path, 50)[i].float().expand(500))
+        last = i == 49  # to sigma = 0
+        by_hand = denoised if last else by_hand + (sigma[i + 1] - sigma[i]).float() * (by_hand - denoised) / sigma[i].float()
+    torch.testing.assert_close(x0, by_hand, rtol=1e-3, atol=1e-4)
+    assert float(x0.std()) == pytest.approx(float((MEAN + STD * noise).std()), rel=0.1)

@@ -217,6 +217,16 @@ def test_bad_checkpoints_are_named_and_nothing_is_executed(tmp_path):
         load_model(tmp_path / "other")
     with pytest.raises(UserError, match="folder"):
         load_model(tmp_path)
+    for i, config in enumerate(({}, 1, {"network": {"size": "XXL"}}, {"network": {"wings": 2}}, {"network": {"patch": 0}})):
+        torch.save({"config": config, "ema": {}}, tmp_path / f"config{i}")
+        with pytest.raises(UserError, match=f"config{i}"):
+            load_model(tmp_path / f"config{i}")
+    torch.save(torch.load(good, weights_only=True), tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    legacy = (tmp_path / "legacy").read_bytes()
+    for length in range(0, len(legacy) // 2, max(1, len(legacy) // 100)):
+        (tmp_path / "legacy").write_bytes(legacy[:length])
+        with pytest.raises(UserError, match="legacy"):
+            load_model(tmp_path / "legacy")
     state = torch.load(good, weights_only=True)
     del state["ema"]["pos_embed"]
     torch.save(state, tmp_path / "keys")

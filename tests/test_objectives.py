@@ -133,7 +133,7 @@ def test_fact_4_the_divergence_vanishes_only_at_the_data():
     path = FAMILIES["linear"]
     a, b, x0 = student(M, S)
     loss = expectation(student_loss("linear", 0.5, x0, posterior(path, M, S))[0])
-    assert abs(float(loss)) < 1e-12
+    assert abs(loss.item()) < 1e-12
     torch.testing.assert_close(gradients(loss, a, b), torch.zeros(2).double(), atol=1e-12, rtol=0)
 
 

@@ -294,7 +294,7 @@ def test_bad_flags_of_the_trainers(refused, images, small_teacher, tmp_path):
                                ("--unknown", "1", "--unknown"), ("--device", "tpu", "cuda"), ("--ite", "4", "--ite")):
         refused(*teacher, flag, value, says=(flag.lstrip("-"), value, words))
     for flag, value, words in (("--objective", "fgm", "gap, cross, sid, dmd"), ("--grad", "half", "full, stop"), ("--units", "noise", "velocity"),
-                               ("--weight", "l2", "uniform"), ("--t_init", "0", "above 0"), ("--t_init", "1.5", "at most 1"), ("--t_init", "-1", "above 0"),
+                               ("--weight", "l2", "uniform"), ("--seed", "-1", "at least 0"), ("--t_init", "0", "above 0"), ("--t_init", "1.5", "at most 1"), ("--t_init", "-1", "above 0"),
                                ("--k_psi", "0", "at least 1"), ("--k_G", "0", "at least 1"), ("--cfg_scale", "-2", "at least 0"), ("--kappa", "x", "a number"),
                                ("--model", "SiT-XL/2", "SiT-XXS/4"), ("--t_min", "0.99", "below --t_max"), ("--ema", "1.5", "at most 1")):
         refused(*student, f"{flag}={value}", says=(flag, value, words))
@@ -328,6 +328,55 @@ def test_a_log_line_is_never_there_twice(script, images, tmp_path):
     assert [line["step"] for line in log(tmp_path, "teacher")] == [1, 2, 3, 4] and len(log(tmp_path, "distill")) == 1
     script("train_teacher", *flags, "--iters", 1, "--fresh")
     assert [line["step"] for line in log(tmp_path, "teacher")] == [1]
+
+
+def test_a_changed_teacher_is_noticed_and_a_finished_run_writes_its_student_again(script, refused, small_teacher, tmp_path):
+    teacher = tmp_path / "teacher.pt"
+    teacher.write_bytes(small_teacher.read_bytes())
+    flags = ("--teacher_ckpt", teacher, *SMALL[2:], "--out", tmp_path)
+    script("distill", *flags, "--iters", 2)
+    before = weights(tmp_path / "student.pt")
+    (tmp_path / "student.pt").unlink()
+    assert script("distill", *flags, "--iters", 2)[0] == 0 and same(before, weights(tmp_path / "student.pt"))
+    state = load_checkpoint(teacher)
+    state["ema"]["x_embedder.proj.bias"] += 1
+    torch.save(state, teacher)
+    refused("distill", *flags, "--iters", 4, says=("--teacher_ckpt", "is not the teacher", "--fresh"))
+    assert same(before, weights(tmp_path / "student.pt"))
+
+
+def test_places_that_cannot_be_written(refused, images, small_teacher, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
+        refused("train_teacher", "--data", images, *SMALL, "--iters", 1, "--out", out, says=("--out", "cannot be written"))
+        refused("distill", "--teacher_ckpt", small_teacher, *SMALL[2:], "--iters", 1, "--out", out, says=("--out", "cannot be written"))
+        refused("sample", "--ckpt", small_teacher, "--out", f"{out}/s.png", says=("--out", "cannot be written"))
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "a.png")
+    refused("train_teacher", "--data", tmp_path / "set", *SMALL, "--data_dir", tmp_path / "file", "--out", tmp_path / "run", says="file")
+    refused("sample", "--ckpt", small_teacher, "--out", tmp_path / "photo.jpg", says=("--out", ".png"))
+    assert (tmp_path / "file").read_text() == "kept" and not (tmp_path / "photo.jpg").exists()
+
+
+def test_bad_data_under_torchrun_is_one_line(tmp_path):
+    done = shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_teacher.py", "--data", "nothere", "--out", tmp_path / "run",
+                 "--device", "cpu")
+    assert done.returncode != 0 and done.stderr.count("--data nothere: no such data set") == 1 and "RuntimeError" not in done.stderr
+
+
+def test_a_signal_that_only_one_process_has_seen_yet_is_not_lost(monkeypatch):
+    from train_teacher import StopSignal
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    stop = StopSignal()
+    monkeypatch.setattr("train_teacher.dist.is_initialized", lambda: True)
+
+    def reduce(flag, _):  # the signal comes while this process waits for the others
+        stop.catch(signal.SIGTERM, None)
+    monkeypatch.setattr("train_teacher.dist.all_reduce", reduce)
+    assert not stop()
+    assert stop()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_stop_in_velocity_units_is_refused_on_ve(script, refused, images, tmp_path):
