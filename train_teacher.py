@@ -7,6 +7,7 @@
 Writes OUT/teacher.pt (everything: the same command again goes on from it), OUT/log.jsonl and OUT/samples_XXXXXXX.png.
 """
 import contextlib
+import functools
 import gzip
 import hashlib
 import json
@@ -225,14 +226,18 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
     return Images(images, labels, int(labels.max()) + 1)
 
 
+@functools.lru_cache(2)  # a batch meets two passes at most, unless it is larger than the data
+def shuffled(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def batch_indices(n, batch, step, seed):
     """The indices of step's batch in an endless sequence of shuffled passes over n items -> (batch,) int64 array."""
     position = np.arange(step * batch, (step + 1) * batch)
     chosen = np.empty(batch, np.int64)
     for epoch in np.unique(position // n):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(n)
         here = position // n == epoch
-        chosen[here] = order[position[here] % n]
+        chosen[here] = shuffled(n, seed, int(epoch))[position[here] % n]
     return chosen
 
 
