@@ -28,7 +28,9 @@ SIZES = {  # width, depth, heads: S to XL as published, the two smallest for CPU
 
 
 class UserError(Exception):
-    """A mistake of the user's, or of a file given by the user. The scripts print it as one line and exit with code 2."""
+    """A mistake of the user's, or of a file given by the user. The scripts print it as one line and exit with code 2: the first
+    process does, unless another one met it alone (everywhere = False)."""
+    everywhere = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +257,9 @@ def load_checkpoint(path):
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is a folder, not a checkpoint")
+    with open(path, "rb") as f:
+        if f.read(100).lstrip().startswith(b"<"):
+            raise UserError(f"{path}: is a web page, not a checkpoint: a download that went wrong, fetch it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it loads
@@ -342,9 +347,14 @@ def check_file(path, sha256, size, advice=""):
     found = path.stat().st_size
     if size is not None and found != size:
         raise UserError(f"{path}: {found} bytes where {size} were expected{advice}")
+    found = file_sha256(path)
+    if found != sha256:
+        raise UserError(f"{path}: wrong sha256 {found[:16]}…, expected {sha256[:16]}…{advice}")
+
+
+def file_sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != sha256:
-        raise UserError(f"{path}: wrong sha256 {digest.hexdigest()[:16]}…, expected {sha256[:16]}…{advice}")
+    return digest.hexdigest()

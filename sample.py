@@ -52,7 +52,7 @@ def command(main):
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still talks
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or not error.everywhere:
             print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a disk that is full, a folder that cannot be written: named, with nothing hidden
@@ -136,6 +136,21 @@ def start_processes(device="auto"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(hours=3))  # the first process may have a large folder to decode
     return rank, world, torch.device(kind)
+
+
+def first_process(action, rank, world):
+    """action() in the first process while the others wait -> its result there, None elsewhere. Its UserError is raised in all."""
+    result, problem = None, [None]
+    if rank == 0:
+        try:
+            result = action()
+        except UserError as error:
+            problem = [error]
+    if world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise problem[0]
+    return result
 
 
 def generator(*key, device="cpu"):

@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from interpolants import FAMILIES, PREDICTIONS, interpolate, loss_weight, preconditioning, target
 from model import (UserError, build_model, download, ema_update, frozen_copy, load_checkpoint, load_weights, parse_name,
                    save_checkpoint)
-from sample import (IMAGE_SUFFIXES, Parser, check_writable, choose_labels, command, enlarge, generate, generator, grid, minutes,
-                    number, one_of, save_picture, start_processes)
+from sample import (IMAGE_SUFFIXES, Parser, check_writable, choose_labels, command, enlarge, first_process, generate, generator,
+                    grid, minutes, number, one_of, save_picture, start_processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,17 +469,7 @@ def main():
     # Data. The first process downloads or decodes, the others find the result.
     def load():
         return load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken, args.unconditional, say)
-    data, problem = None, [None]
-    if rank == 0:
-        try:
-            data = load()
-        except UserError as error:
-            problem = [error]
-    if world > 1:
-        dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise problem[0]
-    data = data or load()
+    data = first_process(load, rank, world) or load()
     side, channels = data.images.shape[1], data.images.shape[3]
     if side % patch:
         raise UserError(f"--model {args.model}: its patch does not divide the {side}x{side} images; add --image_size "

@@ -2,6 +2,7 @@
 
     python tests/bench.py iteration     # one distillation iteration against the naive arrangement, and the forward units of both
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
+    python tests/bench.py fid           # trace term, Inception passes and the whole command, against pytorch-fid where it is installed
 
 A forward unit is one network pass over one batch; a backward pass costs two more when weights get gradients and one more when
 only the input does.
@@ -10,23 +11,30 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import pathlib
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 
 import numpy as np
+import scipy
+import scipy.linalg
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import distill  # noqa: E402
+import fid  # noqa: E402
 from distill import OBJECTIVES, generator_loss  # noqa: E402
 from interpolants import FAMILIES  # noqa: E402
 from model import SiT, build_model, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
 from sample import generate, one_step  # noqa: E402
-from train_teacher import regression_loss  # noqa: E402
+from train_teacher import draw_digits, regression_loss  # noqa: E402
 
 PATH = FAMILIES["linear"]
 
@@ -154,17 +162,95 @@ def sampling(args):
             print(f"{name}: {statistics.median(times):.2f} ms an image, {ratio:.0f} times the student's")
 
 
+def trace_term(args):
+    """frechet() against scipy's square root of the product, as pytorch-fid takes it, on 2048-d covariances of 5,000 features."""
+    rng, ratios = np.random.default_rng(0), []
+    mix = rng.normal(size=(2048, 2048)) * np.geomspace(1, 1e-2, 2048)
+    statistics = [(f.mean(0), np.cov(f, rowvar=False)) for f in (rng.normal(size=(5000, 2048)) @ mix + 1, rng.normal(size=(5000, 2048)) @ mix)]
+    (mu_a, a), (mu_b, b) = statistics
+    for _ in range(args.rounds):
+        began = time.perf_counter()
+        ours = fid.frechet(mu_a, a, mu_b, b)
+        middle = time.perf_counter()
+        root = scipy.linalg.sqrtm(a @ b)
+        theirs = (mu_a - mu_b) @ (mu_a - mu_b) + np.trace(a) + np.trace(b) - 2 * np.trace(np.real(root))
+        ratios.append((time.perf_counter() - middle) / (middle - began))
+    print(f"trace term, 2048 dimensions: {middle - began:.1f} s, scipy {scipy.__version__} sqrtm {ratios[-1]:.1f} times as long "
+          f"({min(ratios):.1f} to {max(ratios):.1f}); relative difference {abs(ours / theirs - 1):.1e}", flush=True)
+
+
+def inception_passes(args, weights):
+    """Images per second through both networks, in turn."""
+    import pytorch_fid.inception as other
+    other.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
+    theirs, ours = other.InceptionV3([3]).eval(), fid.load_inception(weights)
+    x = torch.randint(0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8)
+    ratios = []
+    with torch.no_grad():
+        for r in range(args.rounds + 1):
+            began = time.perf_counter()
+            ours(fid.inception_input(x, "torch"))
+            middle = time.perf_counter()
+            theirs(x.float() / 255)
+            ratios += [(time.perf_counter() - middle) / (middle - began)] if r else []
+    print(f"Inception: {args.batch / (middle - began):.1f} images a second, {statistics.median(ratios):.2f} times pytorch-fid's "
+          f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def whole_command(args, weights, folder):
+    """fid.py and python -m pytorch_fid on the same two folders of PNGs, each in a process of its own, in turn."""
+    images, _ = draw_digits(2 * args.images, 32)
+    rng = np.random.default_rng(0)
+    for name, part in (("a", images[:args.images]), ("b", images[args.images:])):
+        (folder / name).mkdir()
+        for i, image in enumerate(part):
+            noise = rng.normal(0, 10 if name == "b" else 5, (32, 32, 3))
+            Image.fromarray(np.clip(image * [1.0, 0.8, 0.6] + noise, 0, 255).astype(np.uint8)).save(folder / name / f"{i:05d}.png")
+    hub = folder / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    shutil.copy(weights, hub / fid.WEIGHTS[0].rsplit("/", 1)[1])
+    commands = {"fid.py": [str(pathlib.Path(fid.__file__)), "a", "b", "--weights", str(weights), "--resize", "torch", "--json", "f.json"],
+                "pytorch_fid": ["-m", "pytorch_fid", "a", "b", "--device", "cpu"]}
+    seconds, values = {name: [] for name in commands}, {}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=folder, capture_output=True, text=True, check=True,
+                                  env={**os.environ, "TORCH_HOME": str(folder)})
+            seconds[name].append(time.perf_counter() - began)
+            values[name] = json.loads((folder / "f.json").read_text())["fid"] if name == "fid.py" else float(done.stdout.split()[-1])
+    ours, theirs = (statistics.median(s) for s in seconds.values())
+    print(f"whole command, {args.images} + {args.images} images of 32x32: {ours:.0f} s, pytorch-fid {theirs:.0f} s, {theirs / ours:.2f} "
+          f"times as long; {values['fid.py']:.8f} and {values['pytorch_fid']:.8f}")
+
+
+def fid_bench(args):
+    from conftest import inception_weights
+    print(f"batch {args.batch}, {args.rounds} rounds, {torch.get_num_threads()} threads")
+    trace_term(args)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = pathlib.Path(folder, "weights.pth")
+        torch.save(inception_weights(), weights)
+        try:
+            inception_passes(args, weights)
+        except ImportError:
+            print("pytorch-fid is not installed: no comparison of passes and commands")
+        else:
+            whole_command(args, weights, pathlib.Path(folder))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("iteration", "sampling"))
+    parser.add_argument("what", choices=("iteration", "sampling", "fid"))
     parser.add_argument("--model", default="SiT-XS/4")
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--images", type=int, default=2000, help="of each side in the whole fid command")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    globals()[args.what](args)
+    {"iteration": iteration, "sampling": sampling, "fid": fid_bench}[args.what](args)
 
 
 if __name__ == "__main__":

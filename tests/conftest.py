@@ -81,3 +81,27 @@ def small_teacher(images, tmp_path_factory):
                 value += 0.05 * torch.randn(value.shape, generator=g)
     torch.save(state, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A weights file for fid.py with random numbers in it."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(inception_weights(), path)
+    return path
+
+
+def inception_weights(seed=0):
+    """A state dict in the layout of the published file, with random numbers that keep features at unit size."""
+    import fid
+    g, state = torch.Generator().manual_seed(seed), {}
+    for name, value in fid.Inception().state_dict().items():
+        if name.startswith("fc."):
+            state[name] = 0.03 * torch.randn(value.shape, generator=g)
+        elif name.endswith("conv.weight"):
+            bn, width = name.replace("conv.weight", "bn."), len(value)
+            state[name] = torch.randn(value.shape, generator=g) * (2 / value[0].numel()) ** 0.5
+            state[bn + "weight"] = 1 + 0.1 * torch.randn(width, generator=g)
+            state[bn + "running_var"] = 0.8 + 0.4 * torch.rand(width, generator=g)
+            state[bn + "bias"], state[bn + "running_mean"] = 0.1 * torch.randn(2, width, generator=g)
+    return state
