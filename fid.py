@@ -2,7 +2,7 @@
 
     python fid.py out/student.pt digits --n 2000                # a checkpoint: its samples are made on the fly and not stored
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,precision,recall --json score.json
-    python fid.py cifar10 --save_stats cifar10_stats.npz        # once; later: python fid.py FOLDER cifar10_stats.npz
+    python fid.py mnist --save_stats mnist_stats.npz            # once; later: python fid.py FOLDER mnist_stats.npz
     torchrun --nproc_per_node=8 fid.py out/student.pt cifar10 --samples 50000
 
 SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0 or images), an .npz of statistics (mu, sigma), a data
@@ -408,6 +408,20 @@ class InceptionScore:
         return float(scores.mean()), float(scores.std(correction=0))
 
 
+def read_ahead(source, spans):
+    """source.read(start, stop) for each span; files are decoded in a second thread while the batch before is measured."""
+    if source.record["kind"] == "checkpoint":
+        yield from (source.read(*span) for span in spans)
+        return
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        jobs = collections.deque()
+        for span in spans:
+            jobs.append(worker.submit(source.read, *span))
+            if len(jobs) > 1:
+                yield jobs.popleft().result()
+        yield from (job.result() for job in jobs)
+
+
 @torch.no_grad()
 def measure(source, net, needs, batch, resize, device, rank=0, world=1, say=print):
     """One pass over source -> dict of mu, sigma (FID), mu_s, sigma_s (sFID), is (mean, std), features (n,2048) float32, pixels
@@ -416,19 +430,9 @@ def measure(source, net, needs, batch, resize, device, rank=0, world=1, say=prin
     moments = {name: Moments(width, device) for name, width in (("pool", POOL), ("spatial", SPATIAL)) if name in needs}
     score = InceptionScore(source.n) if "is" in needs else None
     features, digests, began, shown = {}, {}, time.time(), time.time()
-    starts = range(rank * batch, source.n, world * batch)
-    ahead = concurrent.futures.ThreadPoolExecutor(1)  # the next batch is decoded while this one is measured
-    queue = collections.deque()
-    prefetch = source.record["kind"] != "checkpoint"
+    spans = [(start, min(start + batch, source.n)) for start in range(rank * batch, source.n, world * batch)]
     try:
-        for i, start in enumerate(starts):
-            stop = min(start + batch, source.n)
-            if prefetch:
-                queue.extend(ahead.submit(source.read, s, min(s + batch, source.n)) for s in (starts[i:i + 2] if i == 0 else
-                                                                                              starts[i + 1:i + 2]))
-                images = queue.popleft().result()
-            else:
-                images = source.read(start, stop)
+        for (start, stop), images in zip(spans, read_ahead(source, spans)):
             images = [np.ascontiguousarray(image) for image in images]
             digests[start] = b"".join(hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images)
             groups = [images] if len({image.shape for image in images}) == 1 else [[image] for image in images]
@@ -448,10 +452,8 @@ def measure(source, net, needs, batch, resize, device, rank=0, world=1, say=prin
                 say(f"{source.name}: {done}/{source.n} images, {done / (shown - began):.1f} a second, time left "
                     f"{minutes((shown - began) / done * (source.n - done))}")
     except UserError as error:
-        error.everywhere = False  # the others do not know of it
+        error.everywhere = False  # the other processes do not know of it
         raise
-    finally:
-        ahead.shutdown(cancel_futures=True)
 
     found = {}
     for name, ending in (("pool", ""), ("spatial", "_s")):

@@ -1,11 +1,16 @@
 """The README's commands run as they are written, with flags appended that make them tiny; its links and flags exist."""
+import pathlib
 import re
 import shlex
 
 import numpy as np
 import pytest
 
+import fid
+import train_teacher
 from conftest import ROOT
+from test_fid import StandIn
+from train_teacher import draw_digits
 
 README = (ROOT / "README.md").read_text()
 
@@ -17,7 +22,7 @@ def commands():
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&&"):
                 words = shlex.split(part)
-                script = next((w for w in words if w in ("train_teacher.py", "distill.py", "sample.py")), None)
+                script = next((w for w in words if w in ("train_teacher.py", "distill.py", "sample.py", "fid.py")), None)
                 if script:
                     found.append((script[:-3], words[words.index(script) + 1:]))
     return found
@@ -25,7 +30,8 @@ def commands():
 
 TINY = {"train_teacher": ["--iters", "1", "--batch", "8", "--device", "cpu", "--fresh"],
         "distill": ["--iters", "1", "--batch", "8", "--device", "cpu", "--fresh"],
-        "sample": ["--samples", "10", "--device", "cpu"]}
+        "sample": ["--samples", "10", "--device", "cpu"],
+        "fid": ["--device", "cpu", "--weights", "weights.pth"]}
 
 
 def test_commands_run_as_written_at_tiny_size(script, tmp_path, monkeypatch):
@@ -33,6 +39,15 @@ def test_commands_run_as_written_at_tiny_size(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     np.savez("mnist.npz", x_train=rng.integers(0, 256, (50, 28, 28)).astype(np.uint8), y_train=np.arange(50) % 10)
+    # fid.py with a network of 12 features; MNIST and ADM's reference batch as small files of the same layout.
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: StandIn())
+    monkeypatch.setattr(fid, "POOL", 12)
+    monkeypatch.setattr(fid, "SPATIAL", 6)
+    pathlib.Path("weights.pth").write_bytes(b"any")
+    pixels = rng.integers(0, 256, (1000, 4, 4, 3)).astype(np.uint8)
+    np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=pixels, mu=np.ones(12), sigma=np.eye(12), mu_s=np.ones(6), sigma_s=np.eye(6))
+    monkeypatch.setattr(train_teacher, "read_idx_set", lambda name, data_dir: (pixels[..., :1], np.arange(1000) % 10))
+    monkeypatch.setattr(train_teacher, "draw_digits", lambda n=40, size=24, seed=0: draw_digits(40, size, seed))
     ran = []
     for name, flags in commands():
         if "SiT-XL/2" in flags:  # the same flags on the teacher at hand
@@ -40,10 +55,11 @@ def test_commands_run_as_written_at_tiny_size(script, tmp_path, monkeypatch):
         if "FOLDER" in flags:
             continue
         steps = ["--steps", "2"] if name == "sample" and "--steps" in flags else []
-        code, _, err = script(name, *flags, *TINY[name], *steps)
+        few = ["--samples", "1000" if "kid" in " ".join(flags) else "20"] if name == "fid" and flags[0].endswith(".pt") else []
+        code, _, err = script(name, *flags, *TINY[name], *steps, *few)
         assert code == 0, (name, flags, err)
         ran.append(name)
-    assert {"train_teacher", "distill", "sample"} == set(ran) and len(ran) >= 10
+    assert {"train_teacher", "distill", "sample", "fid"} == set(ran) and len(ran) >= 10
 
 
 def test_both_first_commands_are_complete():
@@ -59,7 +75,7 @@ def test_files_named_in_the_readme_exist():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("name", ["train_teacher", "distill", "sample"])
+@pytest.mark.parametrize("name", ["train_teacher", "distill", "sample", "fid"])
 def test_the_table_of_flags_is_complete(script, name):
     _, stdout, _ = script(name, "--help")
     for flag in set(re.findall(r"^  (--\w+)", stdout, re.M)):
