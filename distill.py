@@ -13,14 +13,15 @@ import pathlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from interpolants import FAMILIES, check_log_snr, convert, interpolate, time_of_noise_ratio
+from interpolants import check_log_snr, convert, interpolate, loss_weight, prediction_scale, time_of_noise_ratio
 from model import UserError, build_model, ema_update, fingerprint, frozen_copy, guided, load_weights, save_checkpoint
-from sample import (Parser, check_writable, command, enlarge, generator, grid, load_named, number, one_of, one_step, save_picture,
-                    start_processes, to_uint8)
-from train_teacher import (Log, StopSignal, check_batch, draw_noise, learning_rate, optimizer_step, precision, regression_loss,
-                           resume, write_flags)
+from sample import (Parser, check_writable, command, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
+                    path_of, save_picture, start_processes, step_input, to_device, to_uint8)
+from train_teacher import (Log, StopSignal, check_batch, draw_noise, learning_rate, load_images, load_reference, optimizer_step,
+                           precision, regression_loss, resume, write_flags)
 
 # An objective is a row: what it sets for the knobs that the command line leaves unset. kappa means nothing under `stop`.
 OBJECTIVES = {
@@ -51,23 +52,64 @@ def sample_weight(kind, x0, x0_star):
     return 1 / (x0 - x0_star).detach().abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-4)
 
 
-def generator_loss(path, prediction, teacher, critic, x0, x1, z, t, y, kappa, grad, weight, units):
+def generator_loss(path, prediction, teacher, critic, x0, x1, z, t, y, kappa, grad, weight, units, sees_x1=False, a=1.0, b=1.0):
     """The student's loss on its samples x0 (B,C,H,W), re-noised to t (B,) -> loss (B,), |D|^2 (B,) without gradient.
 
     grad full: the gradient reaches x0 through the target and through x_t into both frozen networks. stop: through the target only.
-    units: velocity (target I') or data (target x0). teacher and critic map (x_t, t, y) to `prediction`."""
+    units: velocity (target I') or data (target x0). teacher and critic map (x_t, t, y) to `prediction`, and with sees_x1 (x_t, t, y, x1).
+    a, b: RealUID's alpha and beta, a kappa |D|^2 + 2 <D, a psi - b target> (arXiv:2509.22459); 1 without real data."""
+    given = (x1,) if sees_x1 else ()
+    seen = x1 if sees_x1 else None
     x_t, velocity = interpolate(path, x0, x1, t, z)
     with torch.set_grad_enabled(grad == "full"):
-        star, psi = teacher(x_t, t, y), critic(x_t, t, y)
-        p_psi = convert(path, psi, prediction, units, x_t, t)
-        D = convert(path, star, prediction, units, x_t, t) - p_psi
-    e = p_psi - (velocity if units == "velocity" else x0)
+        star, psi = teacher(x_t, t, y, *given), critic(x_t, t, y, *given)
+        p_psi = convert(path, psi, prediction, units, x_t, t, seen)
+        D = convert(path, star, prediction, units, x_t, t, seen) - p_psi
+    e = a * p_psi - b * (velocity if units == "velocity" else x0)
     with torch.no_grad():
-        w = sample_weight(weight, x0, convert(path, star, prediction, "data", x_t, t))
-    return gap_loss(D, e, kappa, w), D.detach().square().flatten(1).mean(1)
+        w = sample_weight(weight, x0, convert(path, star, prediction, "data", x_t, t, seen))
+    return gap_loss(D, e, a * kappa, w), D.detach().square().flatten(1).mean(1)
 
 
-def check_objective(path, grad, units):
+def real_critic_loss(path, prediction, teacher, critic, fake, real, units, a, b, sees_x1=False):
+    """The critic's loss with real data, (B,), what psi minimises (RealUID, arXiv:2509.22459, with delta = D):
+
+        - E_student[ -a |D|^2 + 2 a <D, v*> - 2 b <D, I'> ] - E_data[ -(1-a) |D|^2 + 2 (1-a) <D, v*> - 2 (1-b) <D, I'> ]
+
+    in `units`, weighted so that a = b = 1 has the gradient of regression_loss. fake, real: (x0, x1, z, t, y) of the student's samples and
+    of the data. The student's half is generator_loss; kappa is there to be 1, as in the gap."""
+    loss = 0
+    for (x0, x1, z, t, y), p, q in ((fake, a, b), (real, 1 - a, 1 - b)):
+        given, seen = ((x1,), x1) if sees_x1 else ((), None)
+        x_t, velocity = interpolate(path, x0, x1, t, z)
+        with torch.no_grad():
+            star = convert(path, teacher(x_t, t, y, *given), prediction, units, x_t, t, seen)
+        D = star - convert(path, critic(x_t, t, y, *given), prediction, units, x_t, t, seen)
+        scale = [prediction_scale(path, name, t, x0.ndim, sees_x1) for name in (prediction, units)]
+        w = loss_weight(path, prediction, t, x0.ndim, sees_x1) * (scale[0] / scale[1]) ** 2
+        target = velocity if units == "velocity" else x0
+        loss = loss + (w * (p * D * D - 2 * p * D * star + 2 * q * D * target)).flatten(1).mean(1)
+    return loss
+
+
+class Head(torch.nn.Module):
+    """A discriminator's head: one logit out of the critic's middle tokens, positive for real."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, width), torch.nn.SiLU(), torch.nn.Linear(width, 1))
+
+    def forward(self, tokens):
+        return self.net(tokens).mean((1, 2))  # (B,T,D) -> (B,)
+
+
+def middle_tokens(critic, path, x0, x1, z, t, y, sees_x1=False):
+    """What the discriminator sees of x0 (B,C,H,W) once it is noised to t -> (B,T,D)."""
+    x_t, _ = interpolate(path, x0, x1, t, z)
+    return critic(x_t, t, y, x1 if sees_x1 else None, middle=True)
+
+
+def check_objective(path, grad, units, sees_x1=False):
     """Raise UserError where the stop-gradient objective gives no descent direction on this path."""
     if grad != "stop":
         return
@@ -75,9 +117,31 @@ def check_objective(path, grad, units):
         raise UserError("--units velocity: with --grad stop the student gets no gradient on a path whose alpha is constant "
                         "(alpha' = 0); use --units data")
     try:
-        check_log_snr(path)
+        check_log_snr(path, sees_x1=sees_x1)
     except ValueError as error:
         raise UserError(f"--grad stop: not a descent direction on this path ({error}); use --grad full") from None
+
+
+def check_real(args, config):
+    """Raise UserError where real data are asked for and missing, or where their loss has no meaning."""
+    kind = config.get("reference")
+    for flag in ("data", "reference") if kind else ("reference",):
+        if not kind and getattr(args, flag) is not None:
+            raise UserError(f"--{flag} {getattr(args, flag)}: the teacher starts from noise, not from a reference; leave it out")
+    if kind == "unpaired" and args.units == "velocity":
+        raise UserError(f"--units velocity: an unpaired bridge knows no velocity; use --units data (--objective {args.objective} --units data)")
+    changed = [flag for flag, value in (("real_alpha", args.real_alpha), ("real_beta", args.real_beta)) if value < 1]
+    if (changed or args.gan_weight) and args.data is None and not kind:
+        flag = changed[0] if changed else "gan_weight"
+        raise UserError(f"--{flag} {getattr(args, flag):g}: needs real data; add --data")
+    if args.data and not kind and not changed and not args.gan_weight:
+        raise UserError(f"--data {args.data}: nothing uses it; add --real_alpha, --real_beta or --gan_weight, or leave it out")
+    if changed and args.grad == "stop":
+        raise UserError(f"--{changed[0]} {getattr(args, changed[0]):g}: under --grad stop (--objective {args.objective}) the student's direction is "
+                        "that of a KL divergence only with a critic of the student alone; use --grad full, or leave it out")
+    if changed and (args.cfg_scale != 1 or args.critic_cfg_scale != 1):
+        raise UserError(f"--{changed[0]} {getattr(args, changed[0]):g}: the data do not follow the law of a guided teacher (--cfg_scale "
+                        f"{args.cfg_scale:g}, --critic_cfg_scale {args.critic_cfg_scale:g}); leave one out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +167,23 @@ def parse_flags():
         f"{RATIO_RANGE[0]})")
     add("--t_max", type=number(float, 0, 1, open_low=True), default=None, help="largest time of the losses (s/alpha = "
         f"{RATIO_RANGE[1]:g})")
+    add("--student_steps", type=number(int, 1), default=1, help="steps of the student: it maps x_t at this many times, spread evenly below "
+        "--t_init, to data, and is re-noised in between")
     add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = unconditional")
+    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times at which the "
+        "teacher is guided")
+    add("--critic_cfg_scale", type=number(float, 0), default=1.0, help="guidance of the critic, in its training and in the student's loss "
+        "(with --cfg_scale: SiD's long and short guidance)")
+    add("--data", default=None, help="real data, for the three flags below and for bridges (a bridge takes its teacher's); as in "
+        "train_teacher.py")
+    add("--data_dir", default="data", help="where downloads and decoded folders are kept")
+    add("--reference", default=None, help="what a bridge starts from (its teacher's)")
+    add("--real_alpha", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's alpha in (0, 1]: below 1 the critic also "
+        "learns from real data")
+    add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]")
+    add("--gan_weight", type=number(float, 0), default=0.0, help="weight of an adversarial loss on real data; 0 = off")
+    add("--gan_lr", type=number(float, 0, open_low=True), default=None, help="the discriminator head's learning rate (the critic's)")
+    add("--gan_from", type=number(int, 0), default=0, help="iteration at which the adversarial loss starts")
     add("--iters", type=number(int, 1), default=300, help="iterations in all; raise it to go on")
     add("--batch", type=number(int, 1), default=64, help="images a step, over all processes")
     add("--lr", type=number(float, 0, open_low=True), default=6e-4, help="the student's Adam learning rate")
@@ -144,20 +224,42 @@ def main():
         raise UserError(f"--model {args.model}: the teacher {args.teacher_ckpt} is a {config['model']}; leave --model out")
     if args.cfg_scale != 1 and teacher.num_classes == 0:
         raise UserError(f"--cfg_scale {args.cfg_scale:g}: the teacher {args.teacher_ckpt} has no classes to guide with")
-    path, prediction = FAMILIES[config["interpolant"]], config["prediction"]
-    check_objective(path, args.grad, args.units)
-    args.t_init = args.t_init or time_of_noise_ratio(path, START_RATIO)
+    path, prediction, kind = path_of(config), config["prediction"], config.get("reference")
+    sees_x1 = kind is not None  # a bridge: x1 is given to the networks, not noise
+    check_objective(path, args.grad, args.units, sees_x1)
+    check_real(args, config)
+    for low, high in [args.cfg_interval]:
+        if low >= high:
+            raise UserError(f"--cfg_interval {low:g} {high:g}: the first must be below the second")
+    args.t_init = args.t_init or time_of_noise_ratio(path, START_RATIO, sees_x1)
     one = torch.ones(1, 1)
-    if not float(convert(path, one, prediction, "data", 2 * one, torch.tensor([args.t_init])).abs()) < 1e3:
+    if not float(convert(path, one, prediction, "data", 2 * one, torch.tensor([args.t_init]), one if sees_x1 else None).abs()) < 1e3:
         raise UserError(f"--t_init {args.t_init:g}: there a {prediction} prediction says nothing of the data on the "
                         f"{config['interpolant']} path; use less, such as 0.99")
-    args.t_min, args.t_max = (given or time_of_noise_ratio(path, ratio)
+    args.t_min, args.t_max = (given or min(time_of_noise_ratio(path, ratio, sees_x1), 1 - 1e-3 if sees_x1 else 1.0)
                               for given, ratio in zip((args.t_min, args.t_max), RATIO_RANGE))
     if args.t_min >= args.t_max:
         raise UserError(f"--t_min {args.t_min}: must be below --t_max {args.t_max}")
-    config = {**config, "student": {"t_init": args.t_init, "steps": 1, "cfg_scale": args.cfg_scale, "objective": args.objective,
-                                    "kappa": args.kappa, "grad": args.grad, "weight": args.weight, "units": args.units}}
+    times = [args.t_init * (args.student_steps - i) / args.student_steps for i in range(args.student_steps)]
+    config = {**config, "student": {"t_init": args.t_init, "times": times, "steps": args.student_steps, "cfg_scale": args.cfg_scale,
+                                    "cfg_interval": args.cfg_interval, "objective": args.objective, "kappa": args.kappa,
+                                    "grad": args.grad, "weight": args.weight, "units": args.units}}
+
+    # Real data: what bridges start from, and what RealUID and the discriminator learn from.
+    args.data = args.data or (config["data"] if kind else None)
+    args.reference = args.reference or (config["reference_source"] if kind else None)
     state = resume(out / "resume.pt", args, "distillation", ("student", "critic", "averages", "optimizers", "teacher"))
+    data, reference = None, None
+    if args.data:
+        def load():
+            return load_images(args.data, args.data_dir, config["network"]["image_size"], args.seed, say=say)
+        data = first_process(load, rank, world) or load()
+        if data.images.shape[3] != teacher.channels or (teacher.num_classes and data.num_classes not in (0, teacher.num_classes)):
+            raise UserError(f"--data {args.data}: {data.images.shape[3]} channels and {data.num_classes} classes, the teacher has "
+                            f"{teacher.channels} and {teacher.num_classes}")
+        reference = load_reference(args.reference, data.images, args.data_dir, say) if kind else None
+        if reference and reference.kind != kind:
+            raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
     teacher_id = fingerprint(teacher)
     if state and state["teacher"] != teacher_id:
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is not the teacher that {out / 'resume.pt'} was made with; choose "
@@ -168,12 +270,16 @@ def main():
     student.load_state_dict(teacher.state_dict())
     critic.load_state_dict(teacher.state_dict())
     averages = [frozen_copy(student) for _ in args.ema]
+    torch.manual_seed(args.seed)
+    head = Head(critic.width).to(device) if args.gan_weight else None
     optimizers = [torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.999), fused=device.type != "mps")
-                  for net, lr in ((student, args.lr), (critic, args.critic_lr))]
+                  for net, lr in ((student, args.lr), (critic, args.critic_lr), (head, args.gan_lr or args.critic_lr)) if net]
     step = 0
     if state:
         for net, weights in zip((student, critic, *averages), (state["student"], state["critic"], *state["averages"])):
             load_weights(net, weights, out / "resume.pt")
+        if head:
+            load_weights(head, state["head"], out / "resume.pt")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         step = state["step"]
@@ -182,7 +288,7 @@ def main():
         for net in (teacher, student, critic):
             net.compile()
     wrap = DistributedDataParallel if world > 1 else (lambda net: net)
-    wrapped_student, wrapped_critic = wrap(student), wrap(critic)
+    wrapped_student, wrapped_critic, wrapped_head = wrap(student), wrap(critic), wrap(head) if head else None
     if rank == 0:
         check_writable("--out", out)
         write_flags(out, "distill", vars(args))
@@ -200,28 +306,70 @@ def main():
         y = torch.randint(max(1, student.num_classes), (args.batch,), generator=g, device=device)[mine]
         return x1, z, args.t_min + (args.t_max - args.t_min) * u, y
 
-    def guided_teacher(x_t, t, y):
-        return guided(teacher, x_t, t, y, args.cfg_scale)
+    def labels_of(chosen):
+        """Labels of real images, the null class where they have none."""
+        y = torch.from_numpy(data.labels[chosen]).to(device)
+        return y if data.num_classes else torch.full_like(y, student.num_classes)
+
+    def draw_data(*key):
+        """Real images x0 with their labels and, for bridges, their x1, drawn in the same manner."""
+        g = generator(args.seed, step, *key, "images")
+        chosen = torch.randint(len(data.images), (args.batch,), generator=g).numpy()
+        x0, y = to_device(data.images[chosen[mine]], device), labels_of(chosen[mine])
+        x1 = to_device(reference.rows(data.images, chosen, args.seed, step, "-".join(map(str, key)), mine), device) if kind else None
+        return x0, x1, y
+
+    def draw_start(*key):
+        """Labels and x1 that a student's sample starts from (x1 is None where it starts from noise), and the noise of its steps."""
+        first, x1, z, _, y = None, *draw(*key)
+        if kind:
+            _, first, y = draw_data(*key)
+        return first, y, lambda i: (x1, z) if i == 0 else draw(*key, i)[:2]
+
+    def guided_teacher(x_t, t, y, x1=None):
+        return guided(teacher, x_t, t, y, args.cfg_scale, x1, args.cfg_interval)
+
+    def guided_critic(x_t, t, y, x1=None):
+        return guided(critic, x_t, t, y, args.critic_cfg_scale, x1)
+
+    def trained_critic(x_t, t, y, x1=None):
+        return guided(wrapped_critic, x_t, t, y, args.critic_cfg_scale, x1)
 
     # What pictures and the spread are measured on: ten columns of fixed noise, and the time where signal and noise are equal.
     watched = [torch.randn((50, channels, side, side), generator=generator(args.seed, "watched", i)).to(device) for i in range(3)]
-    watched_y = torch.arange(50, device=device) % max(1, student.num_classes)
+    watched_y, watched_x1 = torch.arange(50, device=device) % max(1, student.num_classes), None
+    if kind:
+        first = np.arange(50) % len(data.images)
+        watched_x1 = to_device(reference.rows(data.images, first, args.seed, 0, "picture"), device)
+        watched_y = labels_of(first)
 
     @torch.no_grad()
+    def watch(net, n):
+        """The student's samples from the first n watched starts."""
+        x1 = None if watched_x1 is None else watched_x1[:n]
+        noise = {0: watched[:2]}
+
+        def draw(i):
+            if i not in noise:
+                noise[i] = [torch.randn(watched[0].shape, generator=generator(args.seed, "watched", i, j)).to(device) for j in range(2)]
+            return [v[:n] for v in noise[i]]
+        x_t = step_input(path, net, prediction, times, len(times) - 1, draw, watched_y[:n], x1)
+        return one_step(path, net, prediction, times[-1], x_t, watched_y[:n], x1), x1
+
     def spread():
         """Mean over the pixels of the student's std over the watched batch: falls when it collapses."""
-        x1, z, _ = watched
-        return float(one_step(path, student, prediction, args.t_init, x1, z, watched_y).std(0).mean())
+        return float(watch(student, 50)[0].std(0).mean())
 
     @torch.no_grad()
     def picture():
         if rank > 0:
             return
-        x1, z, noise = (w[:10] for w in watched)
-        y, t = watched_y[:10], torch.full((10,), time_of_noise_ratio(path, 1.0), device=device)
-        x0 = one_step(path, averages[0], prediction, args.t_init, x1, z, y)
-        x_t, _ = interpolate(path, x0, noise, t, z)
-        rows = [x0] + [convert(path, net(x_t, t, y), prediction, "data", x_t, t) for net in (guided_teacher, critic)]
+        x0, x1 = watch(averages[0], 10)
+        y, t = watched_y[:10], torch.full((10,), time_of_noise_ratio(path, 1.0, sees_x1), device=device)
+        given = () if x1 is None else (x1,)
+        x_t, _ = interpolate(path, x0, watched[2][:10] if x1 is None else x1, t, watched[1][:10])
+        rows = [*given, x0] + [convert(path, net(x_t, t, y, *given), prediction, "data", x_t, t, x1)
+                               for net in (guided_teacher, guided_critic)]
         save_picture(out / f"distill_{step:07d}.png", enlarge(grid(np.concatenate([to_uint8(row) for row in rows]), 10)))
 
     def result():
@@ -233,31 +381,56 @@ def main():
             return
         save_checkpoint(out / "resume.pt", {"flags": vars(args), "step": step, "teacher": teacher_id, "student": student.state_dict(),
                                             "critic": critic.state_dict(), "averages": [net.state_dict() for net in averages],
-                                            "optimizers": [o.state_dict() for o in optimizers]})
+                                            "optimizers": [o.state_dict() for o in optimizers],
+                                            "head": head.state_dict() if head else None})
         if step % args.save_every == 0:
             save_checkpoint(out / f"student_one_step_{step:07d}.pth", result())
 
+    real = args.real_alpha < 1 or args.real_beta < 1
     stop, skipped = StopSignal(), 0
     log = Log(out, "distill", step, args.iters, args.batch, rank, world, device)
     while step < args.iters:
-        finite, rates = True, [learning_rate(step, lr, args.warmup, args.decay_from) for lr in (args.lr, args.critic_lr)]
+        finite, rates = True, [learning_rate(step, lr, args.warmup, args.decay_from) for lr in (args.lr, args.critic_lr, args.gan_lr or args.critic_lr)]
 
-        # The student's samples, with the graph of its own step. It is built once; a critic step uses the same images.
+        adversarial = head is not None and step >= args.gan_from
+
+        # The student's samples, with the graph of its own step. It is built once; a critic step uses the same images. With several
+        # steps, one of them, the same for the whole batch, is trained on what those before it have made.
+        last = int(torch.randint(args.student_steps, (), generator=generator(args.seed, step, "step")))
         with precision(device):
-            x1, z, _, y = draw("student", 0)
-            x0 = one_step(path, wrapped_student, prediction, args.t_init, x1, z, y)  # (B,C,H,W)
+            start, y, noise = draw_start("student", 0)
+            x_t = step_input(path, student, prediction, times, last, noise, y, start)
+            x0 = one_step(path, wrapped_student, prediction, times[last], x_t, y, start)  # (B,C,H,W)
 
-        # The critic: velocity regression on the student's samples, fresh noise and times in every step.
+        # The critic: regression on the student's samples, fresh noise and times in every step; a bridge keeps the x1 it came from.
         for k in range(args.k_psi):
-            samples, labels = x0.detach(), y
-            new_x1, new_z, t, new_y = draw("critic", k)
+            samples, labels, given = x0.detach(), y, start
+            new_x1, new_z, t, _ = draw("critic", k)
             with precision(device):
                 if k < args.k_psi - 1 and not args.reuse_samples:
                     with torch.no_grad():
-                        start_x1, start_z, _, labels = draw("sample", k)
-                        samples = one_step(path, student, prediction, args.t_init, start_x1, start_z, labels)
-                critic_loss = regression_loss(wrapped_critic, path, prediction, samples, new_x1, new_z, t, labels).mean()
-                critic_loss.backward()
+                        given, labels, noise = draw_start("sample", k)
+                        x_t = step_input(path, student, prediction, times, last, noise, labels, given)
+                        samples = one_step(path, student, prediction, times[last], x_t, labels, given)
+                fake = (samples, given if kind else new_x1, new_z, t, labels)
+                if data and (adversarial or real):
+                    real_x0, real_x1, real_y = draw_data("real", k)
+                    other_x1, other_z, _, _ = draw("real noise", k)
+                    true = (real_x0, real_x1 if kind else other_x1, other_z, t, real_y)
+                if real:
+                    critic_loss = real_critic_loss(path, prediction, guided_teacher, trained_critic, fake, true, args.units, args.real_alpha,
+                                                   args.real_beta, sees_x1).mean()
+                else:
+                    critic_loss = regression_loss(trained_critic, path, prediction, *fake, sees_x1).mean()
+                if adversarial:  # non-saturating, on the critic's own tokens, which learn from it too
+                    tokens = torch.cat([middle_tokens(critic, path, *side, sees_x1) for side in (fake, true)])
+                    made, found = wrapped_head(tokens).chunk(2)
+                    head_loss = F.softplus(made).mean() + F.softplus(-found).mean()
+                    log.add(head_loss=head_loss)
+                (critic_loss + args.gan_weight * head_loss if adversarial else critic_loss).backward()
+            if adversarial:
+                _, stepped = optimizer_step(optimizers[2], head, rates[2], args.clip)
+                finite &= stepped
             critic_norm, stepped = optimizer_step(optimizers[1], critic, rates[1], args.clip)
             log.add(critic_loss=critic_loss, critic_norm=critic_norm)
             finite &= stepped
@@ -266,13 +439,20 @@ def main():
         for k in range(args.k_G):
             with precision(device):
                 if k > 0:
-                    x1, z, _, y = draw("student", k)
-                    x0 = one_step(path, wrapped_student, prediction, args.t_init, x1, z, y)
+                    start, y, noise = draw_start("student", k)
+                    x_t = step_input(path, student, prediction, times, last, noise, y, start)
+                    x0 = one_step(path, wrapped_student, prediction, times[last], x_t, y, start)
                 new_x1, new_z, t, _ = draw("gap", k)
                 leaf = x0.detach().requires_grad_()
-                loss, D2 = generator_loss(path, prediction, guided_teacher, critic, leaf, new_x1, new_z, t, y,
-                                          args.kappa, args.grad, args.weight, args.units)
-                x0.backward(torch.autograd.grad(loss.mean(), leaf)[0])
+                fake = (leaf, start if kind else new_x1, new_z, t, y)
+                loss, D2 = generator_loss(path, prediction, guided_teacher, guided_critic, *fake, args.kappa, args.grad, args.weight,
+                                          args.units, sees_x1, args.real_alpha, args.real_beta)
+                total = loss.mean()
+                if adversarial:
+                    fooled = F.softplus(-head(middle_tokens(critic, path, *fake, sees_x1))).mean()
+                    total = total + args.gan_weight * fooled
+                    log.add(fooled=fooled)
+                x0.backward(torch.autograd.grad(total, leaf)[0])
             student_norm, stepped = optimizer_step(optimizers[0], student, rates[0], args.clip)
             log.add(student_loss=loss.mean(), D2=D2.mean(), student_norm=student_norm)
             finite &= stepped

@@ -32,9 +32,9 @@ import torch.nn.functional as F
 
 from interpolants import DIFFUSIONS, SOLVERS
 from model import UserError, download, file_sha256, load_checkpoint
-from sample import (IMAGE_SUFFIXES, Parser, check_writable, choose_labels, command, first_process, generate, load_named, minutes,
-                    number, one_of, start_processes)
-from train_teacher import IDX_FILES, load_images, read_image
+from sample import (IMAGE_SUFFIXES, Parser, check_steps, check_writable, choose_labels, command, default_solver, first_process,
+                    generate, load_named, minutes, number, one_of, read_image, start_processes, student_times)
+from train_teacher import IDX_FILES, load_images
 
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth", 95628359,
@@ -315,20 +315,22 @@ def open_checkpoint(label, path, args, seed, device):
     """Samples of a checkpoint, made as they are asked for: image i depends on (seed, i) alone."""
     net, config = load_named(label, path, device)
     student = "student" in config
-    if student and (args.steps or 1) != 1:
-        raise UserError(f"--steps {args.steps}: {path} is a one-step student, leave --steps out")
-    if student and args.cfg_scale is not None:
-        raise UserError(f"--cfg_scale {args.cfg_scale:g}: {path} is a student, its guidance was distilled into it, leave it out")
-    steps, scale = 1 if student else args.steps or 50, 1.0 if args.cfg_scale is None else args.cfg_scale
+    check_steps(args, config, path)
+    if config.get("reference"):
+        raise UserError(f"{label} {path}: is a bridge; restore images with sample.py --reference first and give their .npz")
+    steps, scale = args.steps or (len(student_times(config)) if student else 50), 1.0 if args.cfg_scale is None else args.cfg_scale
+    solver = args.solver or default_solver(config)
     if scale != 1 and net.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {path} has no classes to guide with")
     labels = choose_labels(args.labels, args.n, net.num_classes, seed)
 
     def read(start, stop):
-        return generate(net, config, labels[start:stop], seed, range(start, stop), steps, args.solver, scale, args.diffusion)
+        return generate(net, config, labels[start:stop], seed, range(start, stop), steps, solver, scale, args.diffusion,
+                        cfg_interval=args.cfg_interval)
     record = {"kind": "checkpoint", "path": str(path), "sha256": file_sha256(path), "interpolant": config["interpolant"],
-              "sampler": "student" if student else args.solver, "diffusion": args.diffusion if args.solver == "sde" else None,
-              "steps": steps, "cfg_scale": config["student"]["cfg_scale"] if student else scale, "seed": seed,
+              "sampler": "student" if student else solver, "diffusion": args.diffusion if solver == "sde" else None, "steps": steps,
+              "cfg_scale": config["student"]["cfg_scale"] if student else scale,
+              "cfg_interval": config["student"].get("cfg_interval", [0.0, 1.0]) if student else args.cfg_interval, "seed": seed,
               "labels": args.labels, "image_size": config["network"]["image_size"]}
     return Source(str(path), args.n, read, record)
 
@@ -620,10 +622,12 @@ def parse_flags():
     add("--allow_rank_poor", action="store_true", help="compute FID from fewer than 1024 images, for trying things out")
     add("--n", "--samples", dest="n", type=number(int, 1), default=None, help="samples of a checkpoint (50000); under torchrun write "
         "--samples, since torchrun takes --n for a flag of its own")
-    add("--steps", type=number(int, 1), default=None, help="network steps of a teacher (50); a student takes one")
-    add("--solver", type=one_of(SOLVERS), default="euler", help="/".join(SOLVERS))
+    add("--steps", type=number(int, 1), default=None, help="network steps of a teacher (50), or fewer than a student's own")
+    add("--solver", type=one_of(SOLVERS), default=None, help="/".join(SOLVERS) + " (euler)")
     add("--diffusion", type=one_of(DIFFUSIONS), default="sigma", help="w(t) of --solver sde: " + "/".join(DIFFUSIONS))
     add("--cfg_scale", type=number(float, 0), default=None, help="guidance of a teacher (1)")
+    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times at which a "
+        "teacher is guided")
     add("--labels", default="balanced", help="random, balanced, or a list such as 3,1,4 (repeated)")
     add("--seed", type=number(int, 0, 2 ** 63 - 2), default=0, help="of the samples; a checkpoint as REFERENCE uses seed + 1")
     add("--batch", type=number(int, 1), default=50, help="images at a time and process")

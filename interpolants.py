@@ -48,6 +48,12 @@ FAMILIES = {
 }
 
 
+def family(name, gamma_scale=1.0):
+    """The row of this name, its gamma times gamma_scale (the s of a bridge's s sqrt(t (1 - t)))."""
+    row = FAMILIES[name]
+    return row if gamma_scale == 1 else row._replace(gamma=lambda t: gamma_scale * row.gamma(t))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Coefficients
 
@@ -173,6 +179,23 @@ def convert(path, out, source, to, x_t, t, x1=None):
     return eps if to == "noise" else -eps / k.s
 
 
+def prediction_scale(path, prediction, t, ndim=4, sees_x1=False):
+    """How far this prediction moves when the data prediction moves by 1, (B,1,..,1): c(t) for the velocity."""
+    k = coefficients(path, t, ndim, sees_x1)
+    return {"data": torch.ones_like(k.s), "velocity": k.dalpha - k.alpha * k.ds / k.s, "noise": -k.alpha / k.s,
+            "score": k.alpha / k.s ** 2}[prediction]
+
+
+def posterior(path, x0, x_t, t, r, z):
+    """x_r given x_t and x0 for r < t: x0, x_t, z (B,C,H,W), t, r (B,) -> (B,C,H,W).
+
+    A Brownian bridge is Markov, so x1 drops out: mean alpha_r x0 + b (x_t - alpha_t x0), variance gamma_r^2 - b^2 gamma_t^2 with
+    b = beta_r / beta_t (for gamma = s sqrt(t (1-t)): s^2 r (t-r) / t). Where gamma = 0 this is DDIM's step (arXiv:2010.02502, eq. 12)."""
+    k, j = coefficients(path, t, x_t.ndim, True), coefficients(path, r, x_t.ndim, True)
+    b = j.beta / k.beta
+    return j.alpha * x0 + b * (x_t - k.alpha * x0) + (j.gamma ** 2 - (b * k.gamma) ** 2).clamp_min(0).sqrt() * z
+
+
 def preconditioning(path, points=513):
     """EDM's c_in, c_skip, c_out of this path on a uniform grid of t, as three lists of floats: part of a network's configuration.
 
@@ -186,7 +209,7 @@ def preconditioning(path, points=513):
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers: from t = 1 to t = 0 in N intervals
 
-SOLVERS = ("euler", "heun", "sde")
+SOLVERS = ("euler", "heun", "sde", "posterior")
 DIFFUSIONS = {  # w(t) of the reverse SDE; the marginals do not depend on it, the discretisation error does
     "sigma": lambda k: k.s,
     "constant": lambda k: torch.ones_like(k.s),
@@ -194,47 +217,59 @@ DIFFUSIONS = {  # w(t) of the reverse SDE; the marginals do not depend on it, th
 }
 
 
-def time_grid(path, steps, prediction="velocity", end=1e-3):
+def time_grid(path, steps, prediction="velocity", end=1e-3, sees_x1=False):
     """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 1 - end where the prediction has no velocity at
-    t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no solver evaluates the network."""
+    t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no solver evaluates the network. Bridges whose
+    networks see x1 get sin^2(pi u / 2), u uniform: gamma' is infinite at both ends in t, but not in u."""
     if int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
     t, one = torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    v, k = convert(path, one, prediction, "velocity", 2 * one, t), coefficients(path, t)
+    v, k = convert(path, one, prediction, "velocity", 2 * one, t, one if sees_x1 else None), coefficients(path, t, sees_x1=sees_x1)
     regular = bool((v.isfinite() & k.ds.isfinite()).all())
-    return torch.linspace(1.0 if regular else 1 - end, 0, int(steps) + 1, dtype=torch.float64)
+    start = 1.0 if regular else 1 - end
+    if sees_x1:
+        return (math.pi / 2 * torch.linspace(2 / math.pi * math.asin(start ** 0.5), 0, int(steps) + 1, dtype=torch.float64)).sin() ** 2
+    return torch.linspace(start, 0, int(steps) + 1, dtype=torch.float64)
 
 
 def solve(path, net, x, steps, solver="euler", prediction="velocity", diffusion="sigma", noise=None, x1=None):
     """Integrate from the reference to data. x (B,C,H,W) at the grid's first time -> x0 (B,C,H,W).
 
     net(x_t, t (B,)) gives `prediction`. euler: exactly `steps` network calls, heun: 2 steps - 1 (both for the probability-flow
-    ODE dx = v dt), sde: Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW backwards in time, `steps` calls, with
-    noise(i) -> (B,C,H,W) for step i.
+    ODE dx = v dt), sde: Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW backwards in time, posterior: draws from
+    posterior() between the data prediction and x_t, exact in law for a bridge as the steps grow; these two make `steps` calls,
+    with noise(i) -> (B,C,H,W) for step i. x1 (B,C,H,W): for bridges, the reference that the networks are given.
 
-    Where alpha is constant (ve), t only labels the noise level and s' spans orders of magnitude: there euler and heun step in s,
-    as EDM does (arXiv:2206.00364, algorithm 1). The last interval ends at t = 0, where s = 0 makes a velocity meaningless on
-    several rows: it returns the data prediction, which on the linear path is the Euler step.
+    euler and heun step in the clock that is regular: s where alpha is constant (ve), whose t only labels the noise level, as EDM
+    does (arXiv:2206.00364, algorithm 1); u = 2/pi asin(sqrt(t)) for bridges; else t. The last interval ends at t = 0, where s = 0
+    makes a velocity meaningless on several rows: it returns the data prediction, which on the linear path is the Euler step.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
-    grid = time_grid(path, steps, prediction)
+    given = x1 is not None
+    grid = time_grid(path, steps, prediction, sees_x1=given)
+    middle = coefficients(path, torch.linspace(0.1, 0.9, 9), sees_x1=given)
+    in_s, in_u = bool((middle.dalpha == 0).all()), given
+    clock = 2 / math.pi * grid.sqrt().asin() if in_u else coefficients(path, grid).s if in_s else grid
 
-    def slope(out, x, t):  # dx/dt, or dx/ds
+    def slope(out, x, t):  # dx / d clock
         v = convert(path, out, prediction, "velocity", x, t, x1)
-        return v / coefficients(path, t, x.ndim, x1 is not None).ds if in_s else v
+        if in_u:
+            return v * (math.pi * (t * (1 - t)).sqrt()).reshape(-1, *[1] * (x.ndim - 1))
+        return v / coefficients(path, t, x.ndim).ds if in_s else v
 
-    middle = coefficients(path, torch.linspace(0.1, 0.9, 9), sees_x1=x1 is not None)
-    in_s = solver != "sde" and bool((middle.dalpha == 0).all())
-    clock = coefficients(path, grid, sees_x1=x1 is not None).s if in_s else grid
     for i in range(len(grid) - 1):
         t = torch.full((len(x),), float(grid[i]), dtype=torch.float32, device=x.device)
         t_next = torch.full_like(t, float(grid[i + 1]))
-        dt = float(clock[i + 1] - clock[i])
+        dt = float(grid[i + 1] - grid[i]) if solver == "sde" else float(clock[i + 1] - clock[i])
         out = net(x, t)
         if i == len(grid) - 2:
             return convert(path, out, prediction, "data", x, t, x1)
-        v = slope(out, x, t)
+        if solver == "posterior":
+            x = posterior(path, convert(path, out, prediction, "data", x, t, x1), x, t, t_next, noise(i))
+            continue
+        if solver != "sde":
+            v = slope(out, x, t)
         if solver == "euler":
             x = x + dt * v
         elif solver == "heun":
@@ -242,7 +277,8 @@ def solve(path, net, x, steps, solver="euler", prediction="velocity", diffusion=
             v_next = slope(net(ahead, t_next), ahead, t_next)
             x = x + 0.5 * dt * (v + v_next)
         else:
-            k = coefficients(path, t, x.ndim, sees_x1=x1 is not None)
+            k = coefficients(path, t, x.ndim, sees_x1=given)
+            v = convert(path, out, prediction, "velocity", x, t, x1)
             w = DIFFUSIONS[diffusion](k)
             score = convert(path, out, prediction, "score", x, t, x1)
             x = x + dt * (v - 0.5 * w * score) + (-dt * w).sqrt() * noise(i)

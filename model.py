@@ -1,7 +1,7 @@
 """SiT, the Scalable Interpolant Transformer (arXiv:2401.08740; blocks from DiT, arXiv:2212.09748), and its state on disk.
 
-net(x_t, t, y) takes x_t (B,C,H,W), t (B,) in [0, 1] with t = 0 data, and labels y (B,) or None, and returns (B,C,H,W) in the
-prediction units named by its checkpoint's configuration. State-dict names are those of the released SiT and DiT weights.
+net(x_t, t, y, x1) takes x_t (B,C,H,W), t (B,) in [0, 1] with t = 0 data, labels y (B,) or None, and x1 (B,C,H,W) where it was
+built to see the reference of a bridge, and returns (B,C,H,W) in the prediction units named by its checkpoint's configuration. State-dict names are those of the released SiT and DiT weights.
 """
 import copy
 import hashlib
@@ -136,17 +136,19 @@ class FinalLayer(nn.Module):
 
 class SiT(nn.Module):
     """size: a key of SIZES. num_classes 0 is unconditional. time_scale multiplies t before its sinusoids. precondition is
-    None or three lists, the network's c_in, c_skip and c_out on a uniform grid of t (interpolants.preconditioning)."""
+    None or three lists, the network's c_in, c_skip and c_out on a uniform grid of t (interpolants.preconditioning).
+    reference_channels: channels of x1 that are joined to x_t; with 0 a given x1 is ignored."""
 
     def __init__(self, size="S", patch=2, image_size=32, channels=4, num_classes=1000, qk_norm=False, time_scale=1000.0,
-                 precondition=None):
+                 precondition=None, reference_channels=0):
         super().__init__()
         width, depth, heads = SIZES[size]
         if image_size % patch:
             raise UserError(f"image size {image_size} is not a multiple of the patch size {patch}: "
                             f"use {image_size // patch * patch or patch} or another patch")
         self.patch, self.channels, self.num_classes, self.time_scale = patch, channels, num_classes, time_scale
-        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.width, self.reference_channels = width, reference_channels
+        self.x_embedder = PatchEmbed(channels + reference_channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
         self.pos_embed = nn.Parameter(sincos_positions(width, image_size // patch), requires_grad=False)
@@ -171,7 +173,8 @@ class SiT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, x_t, t, y=None):
+    def forward(self, x_t, t, y=None, x1=None, middle=False):
+        """middle: stop after half of the blocks and return their tokens (B,T,D), for a discriminator's head."""
         B, C, H, W = x_t.shape
         p = self.patch
         if y is None:
@@ -180,10 +183,14 @@ class SiT(nn.Module):
         if self.scales is not None:
             c_in, c_skip, c_out = self.lookup(t)
             x = c_in * x
+        if self.reference_channels:
+            x = torch.cat([x, x1], 1)  # (B,C+C,H,W)
         x = self.x_embedder(x) + self.pos_embed  # (B,T,D), T = (H/p)(W/p)
         c = self.t_embedder(self.time_scale * t) + self.y_embedder(y)  # (B,D)
-        for block in self.blocks:
+        for block in self.blocks[:len(self.blocks) // 2] if middle else self.blocks:
             x = block(x, c)  # (B,T,D)
+        if middle:
+            return x
         x = self.final_layer(x, c).float()  # (B,T,p*p*C)
         x = x.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
         return x if self.scales is None else c_skip * x_t + c_out * x
@@ -195,16 +202,25 @@ class SiT(nn.Module):
         return torch.lerp(self.scales[:, i], self.scales[:, i + 1], u - i)[..., None, None, None].unbind(0)
 
 
-def guided(net, x_t, t, y, scale):
+def guided(net, x_t, t, y, scale, x1=None, interval=(0.0, 1.0)):
     """Classifier-free guidance (arXiv:2207.12598) on all channels: null + scale (conditional - null), one concatenated pass.
-    scale 1 is the plain conditional network (no second pass), 0 the unconditional one."""
-    if scale == 1 or net.num_classes == 0:
-        return net(x_t, t, y)
-    if scale == 0:
-        return net(x_t, t, None)
-    null = torch.full_like(y, net.num_classes)
-    conditional, unconditional = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    scale 1 is the plain conditional network (no second pass), 0 the unconditional one. Outside the interval of t it is 1
+    (arXiv:2404.07724)."""
+    given = () if x1 is None else (x1,)
+    num_classes = getattr(net, "module", net).num_classes  # the network may be wrapped for several processes
+    if scale == 1 or num_classes == 0:
+        return net(x_t, t, y, *given)
+    everywhere = interval[0] <= 0 and interval[1] >= 1
+    if scale == 0 and everywhere:
+        return net(x_t, t, None, *given)
+    null = torch.full_like(y, num_classes)
+    twice = [torch.cat([v, v]) for v in given]
+    conditional, unconditional = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]), *twice).chunk(2)
+    result = unconditional + scale * (conditional - unconditional)
+    if everywhere:
+        return result
+    inside = (t >= interval[0]) & (t <= interval[1])
+    return torch.where(inside.reshape(-1, *[1] * (x_t.ndim - 1)), result, conditional)
 
 
 def parse_name(name):

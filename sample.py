@@ -10,6 +10,7 @@ Image i depends on (--seed, i) alone: not on the batch, the device's generator o
 import argparse
 import datetime
 import hashlib
+import io
 import math
 import os
 import pathlib
@@ -21,9 +22,10 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from interpolants import DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, coefficients, convert, solve, time_grid
+from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, coefficients, convert, family, interpolate, posterior, solve,
+                          time_grid)
 from model import UserError, guided, load_model
 
 
@@ -160,6 +162,137 @@ def generator(*key, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Images from files, and what bridges start from
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def read_npz(path, flag="--data", names=(("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))):
+    """The first of these pairs that is there -> images (N,H,W,C) uint8 and labels or None."""
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            found = next((pair for pair in names if pair[0] in npz), None)
+            if found is None:
+                raise UserError(f"{flag} {path}: no images inside (looked for {', '.join(pair[0] for pair in names)}; found "
+                                f"{', '.join(npz.files) or 'nothing'})")
+            images, labels = (npz[name] if name in npz else None for name in found)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can fail in any way
+        reason = "holds Python objects, refused" if "allow_pickle" in str(error) else "not a readable .npz file"
+        raise UserError(f"{flag} {path}: {reason}") from None
+    if not isinstance(images, np.ndarray) or not isinstance(labels, (np.ndarray, type(None))):
+        raise UserError(f"{flag} {path}: {', '.join(found)} are not arrays")
+    if images.dtype != np.uint8:
+        raise UserError(f"{flag} {path}: {found[0]} is {images.dtype}, images must be uint8 (0 to 255)")
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or 0 in images.shape or images.shape[3] > min(images.shape[1:3]):
+        raise UserError(f"{flag} {path}: {found[0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C), channels last")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
+                               or labels.max() >= 1000000):
+        raise UserError(f"{flag} {path}: {found[1]} must be {len(images)} whole numbers from 0 to 999999, found "
+                        f"{labels.dtype} of shape {labels.shape}")
+    return images, labels
+
+
+def read_image(path, size=None):
+    """Any image file -> (H,W,3) uint8, turned upright and, with size, centre-cropped and resized to a square.
+
+    Grey, palette and CMYK are converted, 16 bits are scaled to 8. Raises OSError or ValueError for a broken file."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":
+                pixels = np.asarray(image, np.float64)
+                pixels = pixels * (255 / 65535) if image.mode.startswith("I") else pixels * (255 if pixels.max() <= 1 else 1)
+                image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+            image = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
+            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
+    except (SyntaxError, Image.DecompressionBombError, EOFError, IndexError, TypeError) as error:
+        raise OSError(str(error)) from None
+
+
+def read_images(flag, path, side, channels):
+    """A file, a folder of files or an .npz, each image side x side -> images (n,side,side,channels) uint8, labels (n,) or None."""
+    path = pathlib.Path(path)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        images, labels = read_npz(path, flag)
+        if images.shape[1:] != (side, side, channels):
+            raise UserError(f"{flag} {path}: images of shape {images.shape[1:]}, the checkpoint works on {(side, side, channels)}")
+        return images, labels
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    if not files:
+        raise UserError(f"{flag} {path}: " + ("no images in this folder" if path.is_dir() else "no such file or folder"))
+    images = []
+    for file in files:
+        try:
+            image = read_image(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{flag} {path}: {file} cannot be read ({error})") from None
+        if image.shape[:2] != (side, side) or channels not in (1, 3):
+            raise UserError(f"{flag} {path}: {file} is {image.shape[1]}x{image.shape[0]}, the checkpoint works on {side}x{side}x{channels}")
+        images.append(image if channels == 3 else np.asarray(Image.fromarray(image).convert("L"))[..., None])
+    return np.stack(images), None
+
+
+def to_device(images, device):
+    """(B,H,W,C) uint8 array -> (B,C,H,W) float32 in [-1, 1] on the device."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def lowres4(image, rng):
+    """4x4 boxes replaced by their mean."""
+    height, width, channels = image.shape
+    small = image.reshape(height // 4, 4, width // 4, 4, channels).mean((1, 3))
+    return small.repeat(4, 0).repeat(4, 1)
+
+
+def inpaint(image, rng):
+    """The central square of half the side filled with noise."""
+    out, side = image.astype(np.float64), image.shape[0]
+    hole = slice(side // 4, side // 4 + side // 2)
+    out[hole, hole] = 127.5 * (1 + rng.standard_normal(out[hole, hole].shape))
+    return out
+
+
+def jpeg10(image, rng):
+    """Through JPEG at quality 10."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "JPEG", quality=10)
+    return np.asarray(Image.open(buffer)).reshape(image.shape)
+
+
+def noisy(image, rng):
+    """Gaussian noise of half the range's half: x0 + 0.5 z in units of [-1, 1]."""
+    return image + 0.5 * 127.5 * rng.standard_normal(image.shape)
+
+
+DEGRADATIONS = {"lowres4": lowres4, "inpaint": inpaint, "jpeg10": jpeg10, "noise0.5": noisy}
+
+
+def degrade(name, images, *key):
+    """The reference x1 of a restoration bridge: images (n,H,W,C) uint8 -> the same, degraded. Row i depends on (key, i) alone;
+    key is one sequence of whole numbers per row, or one for all, to which the row is appended."""
+    keys = key[0] if key and not np.isscalar(key[0]) else [(*key, i) for i in range(len(images))]
+    rows = [DEGRADATIONS[name](image, np.random.default_rng(k)) for image, k in zip(images, keys)]
+    return np.stack(rows).round().clip(0, 255).astype(np.uint8)
+
+
+def check_degradation(flag, name, side, channels):
+    if name == "lowres4" and side % 4:
+        raise UserError(f"{flag} lowres4: the image side {side} is not a multiple of 4")
+    if name == "jpeg10" and channels not in (1, 3):
+        raise UserError(f"{flag} jpeg10: JPEG has 1 or 3 channels, not {channels}")
+
+
+def psnr(images, truth):
+    """Mean over the images of 10 log10(255^2 / mean squared error), both (n,H,W,C) uint8."""
+    error = ((images.astype(np.float64) - truth) ** 2).mean((1, 2, 3))
+    return float((10 * np.log10(255 ** 2 / np.maximum(error, 1e-3))).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 def start_noise(path, t, x1, z):
@@ -168,20 +301,45 @@ def start_noise(path, t, x1, z):
     return k.beta * x1 + k.gamma * z
 
 
-def one_step(path, net, prediction, t_init, x1, z, y):
-    """The student G: noise x1, z (B,C,H,W) -> x0 (B,C,H,W), the data prediction from t_init. Differentiable."""
-    t = torch.full((len(x1),), t_init, device=x1.device)
-    x_t = start_noise(path, t, x1, z)
-    return convert(path, net(x_t, t, y), prediction, "data", x_t, t)
+def one_step(path, net, prediction, t, x_t, y, x1=None):
+    """One step of the student G: x_t (B,C,H,W) at time t (a number) -> x0 (B,C,H,W), its data prediction. Differentiable.
+    x1: the reference that a bridge's networks are given."""
+    t = torch.full((len(x_t),), t, device=x_t.device)
+    return convert(path, net(x_t, t, y) if x1 is None else net(x_t, t, y, x1), prediction, "data", x_t, t, x1)
+
+
+def step_input(path, net, prediction, times, k, draw, y, x1=None):
+    """What step k of the student reads, x_t (B,C,H,W) at times[k]: steps 0 to k-1 made without gradient and re-noised in between,
+    with fresh noise, or by the posterior on a bridge. draw(i) gives x1, z (B,C,H,W) of step i; x1 as in one_step."""
+    fresh, z = draw(0)
+    x_t = start_noise(path, torch.full((len(z),), times[0], device=z.device), fresh if x1 is None else x1, z)
+    for i in range(k):
+        with torch.no_grad():
+            x0 = one_step(path, net, prediction, times[i], x_t, y, x1)
+        fresh, z = draw(i + 1)
+        t, r = (torch.full((len(z),), time, device=z.device) for time in times[i:i + 2])
+        x_t = interpolate(path, x0, fresh, r, z)[0] if x1 is None else posterior(path, x0, x_t, t, r, z)
+    return x_t
+
+
+def fewer(times, steps):
+    """steps of a student's times, the first always among them."""
+    return [times[i * len(times) // steps] for i in range(steps)]
+
+
+def path_of(config):
+    return family(config["interpolant"], config.get("gamma_scale", 1.0))
 
 
 @torch.no_grad()
-def generate(net, config, labels, seed, indices, steps=50, solver="euler", cfg_scale=1.0, diffusion="sigma"):
+def generate(net, config, labels, seed, indices, steps=None, solver=None, cfg_scale=1.0, diffusion="sigma", x1=None,
+             cfg_interval=(0.0, 1.0)):
     """Images number `indices` of the stream `seed` -> (n,H,W,C) uint8 array. labels (n,) int64 or None.
 
-    A student's configuration says so and takes its one step; steps, solver and cfg_scale are the teacher's.
+    A student's configuration says so and holds its times, of which it takes `steps` (all); solver and guidance are the teacher's
+    (50 steps; euler, on bridges posterior). x1 (n,H,W,C) uint8: what a bridge starts from.
     """
-    path, prediction = FAMILIES[config["interpolant"]], config["prediction"]
+    path, prediction = path_of(config), config["prediction"]
     device = next(net.parameters()).device
     shape = (net.channels, config["network"]["image_size"], config["network"]["image_size"])
     streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
@@ -190,13 +348,25 @@ def generate(net, config, labels, seed, indices, steps=50, solver="euler", cfg_s
         return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
 
     y = None if labels is None or net.num_classes == 0 else torch.as_tensor(labels, device=device)
+    given = None if x1 is None else to_device(x1, device)
     if "student" in config:
-        x0 = one_step(path, net, prediction, config["student"]["t_init"], draw(), draw(), y)
-    else:
-        t = torch.full((len(streams),), float(time_grid(path, steps, prediction)[0]), device=device)
-        x0 = solve(path, lambda x, t: guided(net, x, t, y, cfg_scale), start_noise(path, t, draw(), draw()), steps, solver,
-                   prediction, diffusion, draw)
-    return to_uint8(x0)
+        times = student_times(config)
+        times = fewer(times, steps or len(times))
+        x_t = step_input(path, net, prediction, times, len(times) - 1, lambda _: (draw(), draw()), y, given)
+        return to_uint8(one_step(path, net, prediction, times[-1], x_t, y, given))
+    steps, solver = steps or 50, solver or default_solver(config)
+    t = torch.full((len(streams),), float(time_grid(path, steps, prediction, sees_x1=given is not None)[0]), device=device)
+    x = start_noise(path, t, draw() if given is None else given, draw())
+    return to_uint8(solve(path, lambda x, t: guided(net, x, t, y, cfg_scale, given, cfg_interval), x, steps, solver, prediction,
+                          diffusion, draw, given))
+
+
+def student_times(config):
+    return config["student"].get("times") or [config["student"]["t_init"]]
+
+
+def default_solver(config):
+    return "posterior" if config.get("reference") else "euler"
 
 
 def to_uint8(x):
@@ -225,9 +395,6 @@ def choose_labels(spec, n, num_classes, seed=0):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and files
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
 
 def grid(images, columns, gap=2):
     """(n,H,W,C) uint8 -> (H',W',3) uint8, row by row; more than three channels show the first three."""
@@ -307,33 +474,100 @@ def check_output(out, n):
             raise UserError(f"--out {out}: the folder already holds {other}, which is none of these {n} images: choose another")
 
 
+def read_references(args, config, n=None):
+    """--reference (and --truth or --degrade) of a bridge -> x1 (n,H,W,C) uint8, labels or None, truth or None."""
+    kind, side, channels = config.get("reference"), config["network"]["image_size"], config["network"]["channels"]
+    if not kind:
+        for flag in ("reference", "truth", "degrade"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} {getattr(args, flag)}: {args.ckpt or args.compare[0]} starts from noise, leave it out")
+        return None, None, None
+    if not args.reference:
+        raise UserError(f"--reference is missing: {args.ckpt or args.compare[0]} is a bridge ({kind}) and needs images to start from: "
+                        "--reference FILE_OR_FOLDER")
+    x1, labels = read_images("--reference", args.reference, side, channels)
+    truth = None
+    if args.degrade:
+        if kind not in DEGRADATIONS:
+            raise UserError(f"--degrade: the bridge's reference is {kind}, not one of {', '.join(DEGRADATIONS)}; leave it out")
+        if args.truth:
+            raise UserError(f"--truth {args.truth}: with --degrade the images of --reference are the truth, leave one out")
+        truth = x1
+    elif args.truth:
+        truth, _ = read_images("--truth", args.truth, side, channels)
+        if len(truth) != len(x1):
+            raise UserError(f"--truth {args.truth}: {len(truth)} images for {len(x1)} of --reference {args.reference}")
+    n = n or len(x1)
+    if n > len(x1):
+        raise UserError(f"--n {n}: --reference {args.reference} has {len(x1)} images")
+    x1, truth = x1[:n], None if truth is None else truth[:n]
+    return degrade(kind, truth, args.seed) if args.degrade else x1, None if labels is None else labels[:n], truth
+
+
+def label_references(labels, net, args):
+    """A bridge's labels: the file's own where it has them, else --labels, else the null class."""
+    if labels is None or net.num_classes == 0:
+        return choose_labels(args.labels, args.n, net.num_classes, args.seed) if args.labels != "balanced" else (
+            np.full(args.n, net.num_classes))
+    if labels.max() >= net.num_classes:
+        raise UserError(f"--reference {args.reference}: has label {labels.max()}, classes of this checkpoint go to {net.num_classes - 1}")
+    return labels.astype(np.int64)
+
+
+def check_steps(args, config, name):
+    """--steps and --cfg_scale against a student's checkpoint."""
+    if "student" not in config:
+        return
+    most = len(student_times(config))
+    if args.steps is not None and args.steps > most:
+        raise UserError(f"--steps {args.steps}: {name} is a student of {most} step{'s' * (most > 1)}; take at most that, or leave --steps out")
+    if args.cfg_scale is not None or args.cfg_interval != [0.0, 1.0]:
+        flag = "--cfg_interval" if args.cfg_scale is None else f"--cfg_scale {args.cfg_scale:g}"
+        raise UserError(f"{flag}: {name} is a student, its guidance was distilled into it "
+                        f"(scale {config['student']['cfg_scale']:g}), leave it out")
+
+
 def compare(args, device):
-    """Teacher and student panels with the same labels and seeds, captioned with steps and time."""
-    panels, captions = [], []
+    """Teacher and student panels with the same labels and seeds, captioned with steps and time; for bridges the input comes
+    first and the truth, where it is known, last."""
+    panels, captions, made = [], [], []
     (teacher, teacher_config), (student, student_config) = (load_named("--compare", path, device) for path in args.compare)
     if "student" not in student_config or "student" in teacher_config:
         raise UserError("--compare TEACHER STUDENT: give the teacher's checkpoint first and the student's second")
     for name in ("image_size", "channels", "num_classes"):
         if teacher_config["network"][name] != student_config["network"][name]:
             raise UserError(f"--compare TEACHER STUDENT: the two differ in {name}")
+    if teacher_config.get("reference") != student_config.get("reference"):
+        raise UserError("--compare TEACHER STUDENT: the two differ in their reference")
     scale = student_config["student"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     if scale != 1 and teacher.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {args.compare[0]} has no classes to guide with")
-    labels = choose_labels(args.labels, args.n, teacher.num_classes, args.seed)
-    for net, config, name in ((teacher, teacher_config, "teacher"), (student, student_config, "one-step student")):
-        steps = 1 if name != "teacher" else args.steps or 50
+    x1, labels, truth = read_references(args, teacher_config, args.n if args.given_n else None)
+    args.n = args.n if x1 is None else min(len(x1), args.n if args.given_n else 10)
+    labels = choose_labels(args.labels, args.n, teacher.num_classes, args.seed) if x1 is None else label_references(
+        None if labels is None else labels[:args.n], teacher, args)
+    times = student_times(student_config)
+    for net, config, name in ((teacher, teacher_config, "teacher"),
+                              (student, student_config, "one-step student" if len(times) == 1 else "student")):
+        steps = len(times) if name != "teacher" else args.steps or 50
         images, elapsed = [], 0.0
-        generate(net, config, labels[:1], args.seed, [0], 1)  # the first call is slow for reasons of its own
+        generate(net, config, labels[:1], args.seed, [0], 1, x1=None if x1 is None else x1[:1])  # the first call is slow for its own reasons
         for start in range(0, args.n, args.batch):
             began = time.perf_counter()
-            chosen = labels[start:start + args.batch]
-            images.append(generate(net, config, chosen, args.seed, range(start, start + len(chosen)), steps, args.solver, scale,
-                                   args.diffusion))
+            rows = slice(start, min(start + args.batch, args.n))
+            images.append(generate(net, config, labels[rows], args.seed, range(rows.start, rows.stop), steps, args.solver, scale,
+                                   args.diffusion, None if x1 is None else x1[rows], args.cfg_interval))
             elapsed += time.perf_counter() - began
-        panels.append(enlarge(grid(np.concatenate(images), min(args.n, max(10, math.ceil(args.n ** 0.5)))), 560))
+        made.append(np.concatenate(images))
+        panels.append(enlarge(grid(made[-1], min(args.n, max(10, math.ceil(args.n ** 0.5)))), 560))
         guidance = f", guidance {scale:g}" if scale != 1 and name == "teacher" else ""
         captions.append([f"{name}: {steps} step{'s' * (steps > 1)}{guidance}", f"{1000 * elapsed / args.n:.3g} ms an image"])
-        print(f"{name}: {args.n} images, {steps} steps, {elapsed:.2f} s")
+        fidelity = "" if truth is None else f", PSNR {psnr(made[-1], truth[:args.n]):.2f} dB"
+        print(f"{name}: {args.n} images, {steps} steps, {elapsed:.2f} s{fidelity}")
+    if x1 is not None:
+        rows = [x1[:args.n], *made] + ([] if truth is None else [truth[:args.n]])
+        legend = f"rows: input, teacher ({args.steps or 50} steps), student ({len(times)})" + ", truth" * (truth is not None)
+        panels, captions = [enlarge(grid(np.concatenate(rows), args.n), 840)], [[legend]]
     save_picture(args.out, side_by_side(panels, captions))
     print(f"wrote {args.out}")
 
@@ -345,11 +579,17 @@ def main():
     add("--compare", nargs=2, metavar=("TEACHER", "STUDENT"), help="draw both side by side instead")
     add("--n", "--samples", type=number(int, 1), default=None, help="how many images (64; with --compare 100); under torchrun "
         "write --samples, since torchrun takes --n for a flag of its own")
-    add("--steps", type=number(int, 1), default=None, help="network steps of a teacher (50); a student takes one")
-    add("--solver", type=one_of(SOLVERS), default="euler", help="/".join(SOLVERS) + "; steps are intervals for each")
+    add("--steps", type=number(int, 1), default=None, help="network steps of a teacher (50), or fewer than a student's own")
+    add("--solver", type=one_of(SOLVERS), default=None, help="/".join(SOLVERS) + "; steps are intervals for each (euler; posterior "
+        "on bridges)")
     add("--diffusion", type=one_of(DIFFUSIONS), default="sigma", help="w(t) of --solver sde: " + "/".join(DIFFUSIONS))
     add("--cfg_scale", type=number(float, 0), default=None, help="guidance of a teacher (1; with --compare what the student "
         "was distilled with): 1 = conditional, 0 = unconditional")
+    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times at which a "
+        "teacher is guided")
+    add("--reference", default=None, help="FILE, FOLDER or .npz of images that a bridge starts from")
+    add("--degrade", action="store_true", help="degrade them first as the bridge's training did; they are the truth then")
+    add("--truth", default=None, help="FILE, FOLDER or .npz to measure the restored images against (PSNR)")
     add("--labels", default="balanced", help="random, balanced, or a list such as 3,1,4 (repeated)")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="image i depends on (seed, i) alone")
     add("--batch", type=number(int, 1), default=100, help="images at a time and process")
@@ -358,6 +598,7 @@ def main():
     args = parser.parse_args()
     if bool(args.ckpt) == bool(args.compare):
         raise UserError("give either --ckpt FILE or --compare TEACHER STUDENT")
+    args.given_n = args.n is not None
     args.n = args.n or (100 if args.compare else 64)
     check_output(args.out, args.n)
     if args.compare and not args.out.lower().endswith(".png"):
@@ -369,29 +610,34 @@ def main():
         return
 
     net, config = load_named("--ckpt", args.ckpt, device)
-    if "student" in config:
-        if (args.steps or 1) != 1:
-            raise UserError(f"--steps {args.steps}: {args.ckpt} is a one-step student, leave --steps out")
-        if args.cfg_scale is not None:
-            raise UserError(f"--cfg_scale {args.cfg_scale:g}: {args.ckpt} is a student, its guidance was distilled into it "
-                            f"(scale {config['student']['cfg_scale']:g}), leave it out")
-    steps, scale = args.steps or 50, 1.0 if args.cfg_scale is None else args.cfg_scale
+    check_steps(args, config, args.ckpt)
+    if config.get("reference") == "unpaired" and args.solver not in (None, "posterior"):
+        raise UserError(f"--solver {args.solver}: an unpaired bridge knows no velocity, leave it out (posterior)")
+    scale = 1.0 if args.cfg_scale is None else args.cfg_scale
     if scale != 1 and net.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {args.ckpt} has no classes to guide with")
-    labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
+    x1, labels, truth = read_references(args, config, args.n if args.given_n else None)
+    if x1 is None:
+        labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
+    else:
+        args.n = len(x1)
+        labels = label_references(labels, net, args)
     out, folder = pathlib.Path(args.out), pathlib.Path(args.out).suffix.lower() not in (".png", ".npz")
     if folder:
         check_writable("--out", out)
 
     # Batches are dealt out in turn. Their borders do not depend on the number of processes, so neither does a single bit.
-    images, began, shown = [], time.time(), time.time()
+    images, quality, began, shown = [], [], time.time(), time.time()
     starts = range(0, args.n, args.batch)
     for turn in range(0, len(starts), world):
         mine = None
         if turn + rank < len(starts):
             indices = range(starts[turn + rank], min(starts[turn + rank] + args.batch, args.n))
-            mine = generate(net, config, labels[indices.start:indices.stop], args.seed, indices, steps, args.solver, scale,
-                            args.diffusion)
+            rows = slice(indices.start, indices.stop)
+            mine = generate(net, config, labels[rows], args.seed, indices, args.steps, args.solver, scale, args.diffusion,
+                            None if x1 is None else x1[rows], args.cfg_interval)
+            if truth is not None:
+                quality += [psnr(image[None], other[None]) for image, other in zip(mine, truth[rows])]
             if folder:
                 for i, image in zip(indices, mine):
                     Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image[..., :3]).save(out / f"{i:06d}.png")
@@ -403,11 +649,22 @@ def main():
         if rank == 0 and time.time() - shown > 5:
             shown = time.time()
             print(f"{done}/{args.n} images, time left {minutes((shown - began) / done * (args.n - done))}", flush=True)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, quality)
+        quality = sum(parts, [])
     if rank == 0:
+        if truth is not None:
+            print(f"PSNR {np.mean(quality):.2f} dB over {args.n} images")
         if folder:
             (out / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
         else:
-            write_images(out, np.concatenate(images), labels)
+            images = np.concatenate(images)
+            if x1 is not None and out.suffix.lower() == ".png":  # rows of what went in, what came out and, where it is known, the truth
+                rows = [x1, images] + ([] if truth is None else [truth])
+                save_picture(out, enlarge(grid(np.concatenate([row[:20] for row in rows]), min(20, args.n)), 840))
+            else:
+                write_images(out, images, labels)
         print(f"wrote {args.n} images to {out} in {time.time() - began:.1f} s")
 
 

@@ -24,11 +24,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
-from interpolants import FAMILIES, PREDICTIONS, interpolate, loss_weight, preconditioning, target
+from interpolants import FAMILIES, PREDICTIONS, family, interpolate, loss_weight, preconditioning, target
 from model import (UserError, build_model, download, ema_update, frozen_copy, load_checkpoint, load_weights, parse_name,
                    save_checkpoint)
-from sample import (IMAGE_SUFFIXES, Parser, check_writable, choose_labels, command, enlarge, first_process, generate, generator,
-                    grid, minutes, number, one_of, save_picture, start_processes)
+from sample import (DEGRADATIONS, IMAGE_SUFFIXES, Parser, check_degradation, check_writable, choose_labels, command, degrade,
+                    enlarge, first_process, generate, generator, grid, minutes, number, one_of, read_image, read_npz, save_picture,
+                    start_processes, to_device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,51 +102,6 @@ def read_cifar10(data_dir):
             records.append(np.frombuffer(content, np.uint8).reshape(-1, 3073))
     records = np.concatenate(records)
     return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
-
-
-def read_npz(path):
-    """x_train/y_train, images/labels or arr_0/arr_1 -> images (N,H,W,C) uint8 and labels or None."""
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            names = [names for names in (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1")) if names[0] in npz]
-            if not names:
-                raise UserError(f"--data {path}: no images inside (looked for x_train, images and arr_0, found "
-                                f"{', '.join(npz.files) or 'nothing'})")
-            images, labels = (npz[name] if name in npz else None for name in names[0])
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive can fail in any way
-        reason = "holds Python objects, refused" if "allow_pickle" in str(error) else "not a readable .npz file"
-        raise UserError(f"--data {path}: {reason}") from None
-    if not isinstance(images, np.ndarray) or not isinstance(labels, (np.ndarray, type(None))):
-        raise UserError(f"--data {path}: {', '.join(names[0])} are not arrays")
-    if images.dtype != np.uint8:
-        raise UserError(f"--data {path}: {names[0][0]} is {images.dtype}, images must be uint8 (0 to 255)")
-    images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or 0 in images.shape or images.shape[3] > min(images.shape[1:3]):
-        raise UserError(f"--data {path}: {names[0][0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C), channels last")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
-                               or labels.max() >= 1000000):
-        raise UserError(f"--data {path}: {names[0][1]} must be {len(images)} whole numbers from 0 to 999999, found "
-                        f"{labels.dtype} of shape {labels.shape}")
-    return images, labels
-
-
-def read_image(path, size=None):
-    """Any image file -> (H,W,3) uint8, turned upright and, with size, centre-cropped and resized to a square.
-
-    Grey, palette and CMYK are converted, 16 bits are scaled to 8. Raises OSError or ValueError for a broken file."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                pixels = np.asarray(image, np.float64)
-                pixels = pixels * (255 / 65535) if image.mode.startswith("I") else pixels * (255 if pixels.max() <= 1 else 1)
-                image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-            image = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
-            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
-    except (SyntaxError, Image.DecompressionBombError, EOFError, IndexError, TypeError) as error:
-        raise OSError(str(error)) from None
 
 
 def read_folder(folder, size, data_dir, skip_broken=False, say=print):
@@ -226,6 +182,51 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
     return Images(images, labels, int(labels.max()) + 1)
 
 
+class Reference(NamedTuple):
+    """What a bridge starts from. kind: a name of DEGRADATIONS (x1 is a degraded x0), paired (image i belongs to x0 number i) or
+    unpaired (another data set, drawn independently); images (M,H,W,C) uint8 for the latter two."""
+    kind: str
+    images: np.ndarray = None
+
+    def rows(self, data, chosen, seed, step, job, part=slice(None)):
+        """x1 (b,H,W,C) uint8 for the images `chosen` (B,) of a global batch, rows `part` of it: a function of (seed, step, job, row)."""
+        rows = range(*part.indices(len(chosen)))
+        if self.kind == "paired":
+            return self.images[chosen[part]]
+        if self.kind == "unpaired":
+            g = generator(seed, step, job, "reference")
+            return self.images[torch.randint(len(self.images), (len(chosen),), generator=g).numpy()[part]]
+        tag = sum(map(ord, job))  # numpy's seeds are numbers
+        return degrade(self.kind, data[chosen[part]], [(seed, step, tag, row) for row in rows])
+
+
+def load_reference(name, images, data_dir, say=print):
+    """--reference: a degradation, an .npz with x1 (paired with the data), or another data set -> Reference for images (N,H,W,C)."""
+    side, channels = images.shape[1], images.shape[3]
+    if name in DEGRADATIONS:
+        check_degradation("--reference", name, side, channels)
+        return Reference(name)
+    if pathlib.Path(name).is_file():
+        try:
+            x1, _ = read_npz(name, "--reference", (("x1", "y1"), ("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1")))
+            with np.load(name) as npz:
+                kind = "paired" if "x1" in npz else "unpaired"
+        except UserError:
+            raise
+    else:
+        try:
+            kind, x1 = "unpaired", load_images(name, data_dir, side, say=say).images
+        except UserError as error:
+            if pathlib.Path(name).exists():
+                raise UserError(str(error).replace("--data", "--reference", 1)) from None
+            raise UserError(f"--reference {name}: no such degradation ({', '.join(DEGRADATIONS)}), .npz file, folder or data set") from None
+    if x1.shape[1:] != images.shape[1:]:
+        raise UserError(f"--reference {name}: images of shape {x1.shape[1:]}, the data's are {images.shape[1:]}")
+    if kind == "paired" and len(x1) != len(images):
+        raise UserError(f"--reference {name}: {len(x1)} paired images for {len(images)} of the data")
+    return Reference(kind, x1)
+
+
 @functools.lru_cache(2)  # a batch meets two passes at most, unless it is larger than the data
 def shuffled(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -241,12 +242,6 @@ def batch_indices(n, batch, step, seed):
     return chosen
 
 
-def to_device(images, device):
-    """(B,H,W,C) uint8 array -> (B,C,H,W) float32 in [-1, 1] on the device."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
-    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Randomness, losses and schedules that both trainers share
 
@@ -260,12 +255,13 @@ def draw_noise(shape, part, device, *key):
     return x1, z, u[part]
 
 
-def regression_loss(net, path, prediction, x0, x1, z, t, y):
+def regression_loss(net, path, prediction, x0, x1, z, t, y, sees_x1=False):
     """E[w(t) |net(x_t, t, y) - target|^2] per sample, (B,): the teacher's loss on data, the critic's on the student's samples
-    (arXiv:2303.08797, eq. 2.13). Its minimiser is the conditional mean of the target given x_t."""
+    (arXiv:2303.08797, eq. 2.13). Its minimiser is the conditional mean of the target given x_t (and x1, with sees_x1: bridges)."""
     x_t, _ = interpolate(path, x0, x1, t, z)
-    error = net(x_t, t, y) - target(path, prediction, x0, x1, t, z)
-    return (loss_weight(path, prediction, t) * error.float() ** 2).flatten(1).mean(1)
+    out = net(x_t, t, y, x1) if sees_x1 else net(x_t, t, y)
+    error = out - target(path, prediction, x0, x1, t, z, sees_x1)
+    return (loss_weight(path, prediction, t, x0.ndim, sees_x1) * error.float() ** 2).flatten(1).mean(1)
 
 
 def learning_rate(step, lr, warmup, decay_from):
@@ -432,6 +428,10 @@ def parse_flags():
     add("--model", default="SiT-XS/4", help="SiT-SIZE/PATCH with a size of XXS, XS, S, B, L, XL")
     add("--qk_norm", action="store_true", help="normalise queries and keys")
     add("--interpolant", type=one_of(FAMILIES), default="linear", help=", ".join(FAMILIES))
+    add("--reference", default=None, help="what a bridge starts from: " + ", ".join(DEGRADATIONS) + " (the data, degraded), an .npz with "
+        "x1 (paired images), another data set (unpaired), or noise")
+    add("--gamma_scale", type=number(float, 0, open_low=True), default=1.0, help="s in a bridge's gamma = s sqrt(t (1 - t))")
+    add("--antithetic", action="store_true", help="bridges: every pair of images of a batch is one image with z and with -z")
     add("--prediction", type=one_of(PREDICTIONS), default=None, help="velocity, data, noise or score (the interpolant's own)")
     add("--label_dropout", type=number(float, 0, 1), default=0.1, help="share of labels replaced by the null class, for guidance")
     add("--iters", type=number(int, 1), default=1200, help="optimizer steps in all; raise it to go on")
@@ -459,8 +459,19 @@ def main():
     size, patch = parse_name(args.model)
     if args.image_size and args.image_size % patch:
         raise UserError(f"--image_size {args.image_size}: not a multiple of the patch size {patch} of --model {args.model}")
+    bridge = args.interpolant == "bridge"
+    if bridge and args.reference is None:
+        raise UserError(f"--interpolant bridge: needs --reference, what it starts from ({', '.join(DEGRADATIONS)}, paired.npz, another "
+                        "data set, or noise)")
+    for flag, value, default in (("reference", args.reference, None), ("gamma_scale", args.gamma_scale, 1.0),
+                                 ("antithetic", args.antithetic, False)):
+        if value != default and not bridge:
+            raise UserError(f"--{flag} {value}: is for bridges; leave it out or add --interpolant bridge")
     rank, world, device = start_processes(args.device)
     check_batch(args.batch, world, args.accum)
+    if args.antithetic and args.batch % (2 * world * args.accum):
+        raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
+                        f"{args.batch // (2 * world * args.accum) * 2 * world * args.accum or 2 * world * args.accum} does")
     out = pathlib.Path(args.out)
     state = resume(out / "teacher.pt", args, "teacher's", ("model", "ema", "optimizer"))
     torch.set_float32_matmul_precision("high")
@@ -475,11 +486,22 @@ def main():
         raise UserError(f"--model {args.model}: its patch does not divide the {side}x{side} images; add --image_size "
                         f"{max(patch, side // patch * patch)} or choose another patch")
 
+    reference = None
+    if args.reference not in (None, "noise"):
+        reference = load_reference(args.reference, data.images, args.data_dir, say)
+    sees_x1 = reference is not None
+
     # The network, its average and its optimizer.
-    path, prediction = FAMILIES[args.interpolant], args.prediction or FAMILIES[args.interpolant].predict
+    path, prediction = family(args.interpolant, args.gamma_scale), args.prediction or FAMILIES[args.interpolant].predict
+    if reference and reference.kind == "unpaired" and prediction != "data":
+        raise UserError(f"--prediction {prediction}: an unpaired bridge is sampled by its posterior, which needs the data prediction; leave it "
+                        "out")
     config = {"network": {"size": size, "patch": patch, "image_size": side, "channels": channels, "num_classes": data.num_classes,
-                          "qk_norm": args.qk_norm, "precondition": preconditioning(path) if path.precondition else None},
+                          "qk_norm": args.qk_norm, "precondition": preconditioning(path) if path.precondition else None,
+                          "reference_channels": channels if reference and reference.kind != "unpaired" else 0},
               "model": args.model, "interpolant": args.interpolant, "prediction": prediction, "data": args.data}
+    if reference:
+        config.update(reference=reference.kind, reference_source=args.reference, gamma_scale=args.gamma_scale)
     if path.precondition and prediction != "data":
         raise UserError(f"--prediction {prediction}: {args.interpolant} is preconditioned, its networks predict data; leave it out")
     torch.manual_seed(args.seed)
@@ -511,6 +533,14 @@ def main():
     def picture():
         if rank == 0:
             n = 10 * (data.num_classes if 0 < data.num_classes <= 10 else 10)
+            if reference:  # rows: what goes in, what comes out, the data
+                first = np.arange(min(n, len(data.images)))
+                x1 = reference.rows(data.images, first, args.seed, 0, "picture")
+                y = data.labels[first] if data.num_classes else None
+                images = generate(ema, config, y, args.seed, first, 25, x1=x1)
+                rows = [x1[:20], images[:20], data.images[first[:20]]]
+                save_picture(out / f"samples_{step:07d}.png", enlarge(grid(np.concatenate(rows), len(rows[0]))))
+                return
             images = generate(ema, config, choose_labels("balanced", n, data.num_classes), args.seed, range(n), 25)
             save_picture(out / f"samples_{step:07d}.png", enlarge(grid(images, n // 10)))
 
@@ -520,12 +550,19 @@ def main():
     mine = slice(rank * share, (rank + 1) * share)
     while step < args.iters:
         # The batch: images, labels with dropout, noise and times, all functions of (seed, step, global index).
-        chosen = batch_indices(len(data.images), args.batch, step, args.seed)[mine]
-        x0 = to_device(data.images[chosen], device)  # (B,C,H,W)
-        y = torch.from_numpy(data.labels[chosen]).to(device)  # (B,)
+        chosen = batch_indices(len(data.images), args.batch, step, args.seed)
+        if args.antithetic:
+            chosen = chosen.repeat(2)[:args.batch]
+        x0 = to_device(data.images[chosen[mine]], device)  # (B,C,H,W)
+        y = torch.from_numpy(data.labels[chosen[mine]]).to(device)  # (B,)
         x1, z, u = draw_noise((args.batch, channels, side, side), mine, device, args.seed, step, "teacher")
-        t = 1e-3 + (1 - 2e-3) * u
         drop = torch.rand(args.batch, generator=generator(args.seed, step, "dropout", device=device), device=device)[mine]
+        if reference:
+            x1 = to_device(reference.rows(data.images, chosen, args.seed, step, "teacher", mine), device)
+        if args.antithetic:  # rows 2i and 2i + 1 share everything but the sign of z
+            x0, x1, z, u, drop, y = (v[::2].repeat_interleave(2, 0) for v in (x0, x1, z, u, drop, y))
+            z[1::2] *= -1
+        t = 1e-3 + (1 - 2e-3) * u
         y = torch.where(drop < args.label_dropout, data.num_classes, y)
 
         # Regression on the prediction's target; gradients are averaged over processes in the last piece's backward pass.
@@ -533,7 +570,7 @@ def main():
         for i, piece in enumerate(pieces):
             sync = contextlib.nullcontext() if world == 1 or i == args.accum - 1 else wrapped.no_sync()
             with sync, precision(device):
-                loss = regression_loss(wrapped, path, prediction, *piece).mean()
+                loss = regression_loss(wrapped, path, prediction, *piece, sees_x1).mean()
                 (loss / args.accum).backward()
             log.add(loss=loss)
         norm, stepped = optimizer_step(optimizer, net, learning_rate(step, args.lr, args.warmup, args.decay_from), args.clip)

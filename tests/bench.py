@@ -33,7 +33,7 @@ import fid  # noqa: E402
 from distill import OBJECTIVES, generator_loss  # noqa: E402
 from interpolants import FAMILIES  # noqa: E402
 from model import SiT, build_model, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
-from sample import generate, one_step  # noqa: E402
+from sample import generate, one_step, start_noise  # noqa: E402
 from train_teacher import draw_digits, regression_loss  # noqa: E402
 
 PATH = FAMILIES["linear"]
@@ -95,7 +95,7 @@ def naive(net, args, objective, k_psi):
     shape = (args.batch, net.channels, args.side, args.side)
 
     def sample(x1, y):
-        return one_step(PATH, lambda x, t, y: guided(student, x, t, y, 2.0), "velocity", 0.714, x1, x1, y)
+        return one_step(PATH, lambda x, t, y: guided(student, x, t, y, 2.0), "velocity", 0.714, start_noise(PATH, torch.full((len(x1),), 0.714), x1, x1), y)
     times = []
     for i in range(2 * args.iterations):
         began = time.perf_counter()

@@ -74,7 +74,7 @@ def test_teacher_leaves_checkpoint_log_flags_and_picture(script, images, tmp_pat
 
 @pytest.mark.parametrize("row, prediction", [("linear", "noise"), ("vp", None), ("gvp", "score"), ("ve", None), ("bridge", None)])
 def test_every_row_trains_distills_and_samples(script, images, tmp_path, row, prediction):
-    flags = ("--prediction", prediction) if prediction else ()
+    flags = ("--prediction", prediction) if prediction else ("--reference", "noise") if row == "bridge" else ()
     assert script("train_teacher", "--data", images, *SMALL, "--iters", 2, "--out", tmp_path, "--interpolant", row, *flags)[0] == 0
     code, stdout, err = script("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *SMALL[2:], "--iters", 2, "--out", tmp_path)
     assert code == 0, err
@@ -416,7 +416,7 @@ def test_bad_flags_of_sample(script, refused, small_teacher, tmp_path):
     assert not (tmp_path / "s.npz").exists() and (tmp_path / "full" / "holiday.jpg").read_text() == "kept"
     script("distill", "--teacher_ckpt", small_teacher, *SMALL[2:], "--iters", 1, "--out", tmp_path)
     student = ("sample", "--ckpt", tmp_path / "student.pt", "--out", tmp_path / "s.npz")
-    refused(*student, "--steps", 50, says=("--steps 50", "one-step student"))
+    refused(*student, "--steps", 50, says=("--steps 50", "student of 1 step"))
     refused(*student, "--cfg_scale", 4, says=("--cfg_scale 4", "distilled into it"))
     refused("distill", "--teacher_ckpt", tmp_path / "student.pt", says="is a student")
 
