@@ -339,7 +339,7 @@ def main():
     watched = [torch.randn((50, channels, side, side), generator=generator(args.seed, "watched", i)).to(device) for i in range(3)]
     watched_y, watched_x1 = torch.arange(50, device=device) % max(1, student.num_classes), None
     if kind:
-        first = np.arange(50) % len(data.images)
+        first = np.random.default_rng(args.seed).integers(len(data.images), size=50)
         watched_x1 = to_device(reference.rows(data.images, first, args.seed, 0, "picture"), device)
         watched_y = labels_of(first)
 

@@ -534,7 +534,7 @@ def main():
         if rank == 0:
             n = 10 * (data.num_classes if 0 < data.num_classes <= 10 else 10)
             if reference:  # rows: what goes in, what comes out, the data
-                first = np.arange(min(n, len(data.images)))
+                first = np.linspace(0, len(data.images) - 1, n).astype(np.int64)  # spread out: data may be sorted
                 x1 = reference.rows(data.images, first, args.seed, 0, "picture")
                 y = data.labels[first] if data.num_classes else None
                 images = generate(ema, config, y, args.seed, first, 25, x1=x1)
