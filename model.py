@@ -3,8 +3,10 @@
 net(x_t, t, y, x1) takes x_t (B,C,H,W), t (B,) in [0, 1] with t = 0 data, labels y (B,) or None, and x1 (B,C,H,W) where it was
 built to see the reference of a bridge, and returns (B,C,H,W) in the prediction units named by its checkpoint's configuration. State-dict names are those of the released SiT and DiT weights.
 """
+import argparse
 import copy
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -137,17 +139,18 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """size: a key of SIZES. num_classes 0 is unconditional. time_scale multiplies t before its sinusoids. precondition is
     None or three lists, the network's c_in, c_skip and c_out on a uniform grid of t (interpolants.preconditioning).
-    reference_channels: channels of x1 that are joined to x_t; with 0 a given x1 is ignored."""
+    reference_channels: channels of x1 that are joined to x_t; with 0 a given x1 is ignored. Released weights count time otherwise:
+    reverse_time gives -net(x, 1 - t), and timesteps are the times at which a discrete network was at step 0, 1, 2, ..."""
 
     def __init__(self, size="S", patch=2, image_size=32, channels=4, num_classes=1000, qk_norm=False, time_scale=1000.0,
-                 precondition=None, reference_channels=0):
+                 precondition=None, reference_channels=0, reverse_time=False, timesteps=None):
         super().__init__()
         width, depth, heads = SIZES[size]
         if image_size % patch:
             raise UserError(f"image size {image_size} is not a multiple of the patch size {patch}: "
                             f"use {image_size // patch * patch or patch} or another patch")
         self.patch, self.channels, self.num_classes, self.time_scale = patch, channels, num_classes, time_scale
-        self.width, self.reference_channels = width, reference_channels
+        self.width, self.reference_channels, self.reverse_time = width, reference_channels, reverse_time
         self.x_embedder = PatchEmbed(channels + reference_channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
@@ -156,6 +159,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(width, patch, channels)
         scales = None if precondition is None else torch.tensor(precondition, dtype=torch.float32)  # (3,K)
         self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("timesteps", None if timesteps is None else torch.tensor(timesteps, dtype=torch.float32), persistent=False)
         self.initialize()
 
     def initialize(self):
@@ -186,14 +190,23 @@ class SiT(nn.Module):
         if self.reference_channels:
             x = torch.cat([x, x1], 1)  # (B,C+C,H,W)
         x = self.x_embedder(x) + self.pos_embed  # (B,T,D), T = (H/p)(W/p)
-        c = self.t_embedder(self.time_scale * t) + self.y_embedder(y)  # (B,D)
+        c = self.t_embedder(self.clock(t)) + self.y_embedder(y)  # (B,D)
         for block in self.blocks[:len(self.blocks) // 2] if middle else self.blocks:
             x = block(x, c)  # (B,T,D)
         if middle:
             return x
         x = self.final_layer(x, c).float()  # (B,T,p*p*C)
         x = x.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+        x = -x if self.reverse_time else x
         return x if self.scales is None else c_skip * x_t + c_out * x
+
+    def clock(self, t):
+        """t (B,) as the sinusoids count it."""
+        if self.timesteps is not None:  # a discrete network between its steps
+            i = torch.searchsorted(self.timesteps, t.float().contiguous()).clamp(1, len(self.timesteps) - 1)
+            low, high = self.timesteps[i - 1], self.timesteps[i]
+            return (i - 1 + (t - low) / (high - low)).clamp(0, len(self.timesteps) - 1)
+        return self.time_scale * (1 - t if self.reverse_time else t)
 
     def lookup(self, t):
         """c_in, c_skip, c_out at t, each (B,1,1,1), by linear interpolation of the table."""
@@ -279,7 +292,9 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it loads
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Released training checkpoints hold their flags in a Namespace: a bag of values, the one class that is let in.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = "GLOBAL" in str(error) or "Unsupported class" in str(error) or "operand" in str(error)
         raise UserError(f"{path}: holds Python objects, not just weights; refused, nothing was executed" if unsafe
@@ -294,6 +309,9 @@ def load_checkpoint(path):
 def load_model(path, device="cpu"):
     """A checkpoint of either trainer -> (net, config): the averaged network, frozen, and its plain-dict configuration."""
     content = load_checkpoint(path)
+    released = next((w for w in (content, content.get("ema"), content.get("model")) if isinstance(w, dict) and set(LAYOUT) <= w.keys()), None)
+    if "config" not in content and released is not None:
+        content = read_released(released, path)
     if not {"config", "ema"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (it has no configuration)")
     try:
@@ -304,11 +322,53 @@ def load_model(path, device="cpu"):
     return net.to(device).eval().requires_grad_(False), content["config"]
 
 
+LAYOUT = ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.weight")
+
+
+def read_released(state, path):
+    """The published SiT (arXiv:2401.08740) and DiT (arXiv:2212.09748) weights -> {"config", "ema"} of this project.
+
+    Both have one layout, whose sizes follow from its shapes; which of the two it is, the file's name must say. SiT counts time from
+    noise to data on the linear path: our network returns -v(x, 1 - t). DiT predicts noise at 1000 steps of the linear schedule, beta from
+    1e-4 to 0.02; each step is served at the time where the vp row has the same abar. Predicted variances are dropped."""
+    name = pathlib.Path(path).name
+    family = "DiT" if "dit" in name.lower() else "SiT" if "sit" in name.lower() else None
+    if family is None:
+        raise UserError(f"{path}: released weights of SiT and DiT look alike; name the file after the one it is, such as SiT-XL-2-256x256.pt")
+    try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        size = next((size for size, row in SIZES.items() if row[:2] == (width, depth)), None)
+        if size is None:
+            raise UserError(f"{path}: {depth} blocks of width {width} are none of {', '.join(SIZES)}")
+        side = patch * math.isqrt(state["pos_embed"].shape[1])
+        state = dict(state)
+        for kind in ("weight", "bias"):
+            value = state[f"final_layer.linear.{kind}"]  # rows are ordered (pixel of the patch, channel)
+            state[f"final_layer.linear.{kind}"] = value.view(patch ** 2, -1, *value.shape[1:])[:, :channels].flatten(0, 1)
+        num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
+    except (ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: its shapes are not those of {family} ({error})") from None
+    network = {"size": size, "patch": patch, "image_size": side, "channels": channels, "num_classes": num_classes, "time_scale": 1.0}
+    if family == "SiT":
+        network["reverse_time"] = True
+    else:
+        log_abar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().log1p().cumsum(0)
+        # The vp row has log abar = -(0.1 t + 9.95 t^2): solved for t.
+        network["timesteps"] = ((-0.1 + (0.01 - 4 * 9.95 * log_abar).sqrt()) / (2 * 9.95)).tolist()
+    return {"ema": state, "config": {"network": network, "model": f"{family}-{size}/{patch}", "data": "imagenet",
+                                     **({"interpolant": "linear", "prediction": "velocity"} if family == "SiT" else
+                                        {"interpolant": "vp", "prediction": "noise"})}}
+
+
 def load_weights(net, state, path):
     try:
         net.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+        keys = state.keys() if isinstance(state, dict) else ()
+        missing, extra = (next(iter(sorted(names)), None) for names in (net.state_dict().keys() - keys, keys - net.state_dict().keys()))
+        reason = (f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}" if missing or extra else
+                  str(error).splitlines()[-1].strip())
         raise UserError(f"{path}: its weights do not fit its configuration ({reason})") from None
 
 
@@ -323,6 +383,189 @@ def fingerprint(net):
 def build_model(config):
     """config["network"] holds the arguments of SiT."""
     return SiT(**config["network"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Safetensors: 8 bytes of length, a JSON header, raw tensors
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def load_safetensors(path):
+    """-> dict of tensors on the CPU. Every length and offset of the header is checked against the file before it is used."""
+    size = pathlib.Path(path).stat().st_size
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise ValueError(f"its header claims {length} bytes of {size}")
+            header = json.loads(f.read(length))
+            tensors, body = {}, size - 8 - length
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, stop = entry["data_offsets"]
+                shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
+                numbers = math.prod(shape) * dtype.itemsize if all(isinstance(n, int) and n >= 0 for n in shape) else -1
+                if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop <= body and stop - start == numbers):
+                    raise ValueError(f"{name} claims bytes {start} to {stop} of {body} for {entry['dtype']} of shape {shape}")
+                f.seek(8 + length + start)
+                tensors[name] = torch.frombuffer(bytearray(f.read(stop - start) or b"\0"), dtype=torch.uint8)[:numbers].view(dtype).view(shape)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        reason = f"{type(error).__name__} {error}" if not isinstance(error, ValueError) or isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"{path}: not a safetensors file, or cut off ({reason})") from None
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The latent autoencoder: Stable Diffusion's KL autoencoder (arXiv:2112.10752), names as in diffusers
+
+LATENT_SCALE = 0.18215  # makes its latents of about unit size
+
+
+class Resnet(nn.Module):
+    def __init__(self, inputs, width, groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, inputs, eps=1e-6), nn.Conv2d(inputs, width, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, width, eps=1e-6), nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inputs, width, 1) if inputs != width else None
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class PixelAttention(nn.Module):
+    """One head over all positions."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B,HW,C)
+        h = F.scaled_dot_product_attention(*(layer(h)[:, None] for layer in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        return x + self.to_out[0](h).transpose(1, 2).view(B, C, H, W)
+
+
+class Middle(nn.Module):
+    def __init__(self, width, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([Resnet(width, width, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([PixelAttention(width, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Level(nn.Module):
+    """Resnets at one resolution, then half the side (down), twice the side (up) or nothing."""
+
+    def __init__(self, inputs, width, layers, groups, scale=None):
+        super().__init__()
+        self.resnets = nn.ModuleList([Resnet(inputs if i == 0 else width, width, groups) for i in range(layers)])
+        self.scale = scale
+        if scale:
+            conv = nn.Conv2d(width, width, 3, 2 if scale == "down" else 1, padding=0 if scale == "down" else 1)
+            setattr(self, f"{scale}samplers", nn.ModuleList([nn.ModuleDict({"conv": conv})]))
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.scale == "down":
+            return self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only
+        return self.upsamplers[0]["conv"](F.interpolate(x, scale_factor=2.0)) if self.scale == "up" else x
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels, latents, widths, layers, groups):
+        super().__init__()
+        inputs, last = [widths[0], *widths], len(widths) - 1
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList([Level(inputs[i], w, layers, groups, "down" if i < last else None) for i, w in enumerate(widths)])
+        self.mid_block = Middle(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latents, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels, latents, widths, layers, groups):
+        super().__init__()
+        widths = widths[::-1]
+        inputs, last = [widths[0], *widths], len(widths) - 1
+        self.conv_in = nn.Conv2d(latents, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups)
+        self.up_blocks = nn.ModuleList([Level(inputs[i], w, layers + 1, groups, "up" if i < last else None) for i, w in enumerate(widths)])
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """encode: images (B,C,H,W) in [-1, 1] -> mean and log-variance of the latents (B,c,H/f,W/f), unscaled. decode: latents of unit size
+    (times LATENT_SCALE, as networks see them) -> images (B,C,H,W), a few at a time, so that memory does not grow with B."""
+
+    def __init__(self, channels=3, latents=4, widths=(128, 256, 512, 512), layers=2, groups=32):
+        super().__init__()
+        self.latents, self.factor = latents, 2 ** (len(widths) - 1)
+        self.encoder = Encoder(channels, latents, widths, layers, groups)
+        self.decoder = Decoder(channels, latents, widths, layers, groups)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1), nn.Conv2d(latents, latents, 1)
+
+    @torch.no_grad()
+    def encode(self, x):
+        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, 1)
+        return mean, log_variance.clamp(-30, 20)
+
+    @torch.no_grad()
+    def decode(self, z, batch=8):
+        return torch.cat([self.decoder(self.post_quant_conv(part / LATENT_SCALE)) for part in z.split(batch)])
+
+
+def load_autoencoder(path, device="cpu"):
+    """diffusers' diffusion_pytorch_model.safetensors or .bin (or the folder that holds one) -> (Autoencoder, frozen; sha256 of the file).
+    Sizes are read from the shapes. Older files name the attention query, key, value and proj_attn."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        names = [f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin")]
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; download {path.name} of an autoencoder such as stabilityai/sd-vae-ft-ema and name it here")
+    state = load_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    renamed = {}
+    for name, value in state.items():
+        if ".attentions." in name:
+            for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+                name = name.replace(f".{old}.", f".{new}.")
+            if name.endswith("weight") and torch.is_tensor(value) and value.ndim == 4:
+                value = value[:, :, 0, 0]  # a 1x1 convolution
+        renamed[name] = value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+    try:
+        count = {kind: 1 + max(int(n.split(".")[i]) for n in renamed if n.startswith(prefix)) for kind, prefix, i in (
+            ("levels", "encoder.down_blocks.", 2), ("layers", "encoder.down_blocks.0.resnets.", 4))}
+        widths = tuple(len(renamed[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(count["levels"]))
+        channels, latents = renamed["encoder.conv_in.weight"].shape[1], renamed["post_quant_conv.weight"].shape[1]
+        groups = 32 if all(w % 32 == 0 for w in widths) else math.gcd(*widths)
+        net = Autoencoder(channels, latents, widths, count["layers"], groups)
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: not the KL autoencoder of Stable Diffusion ({type(error).__name__} {error})") from None
+    load_weights(net, renamed, path)
+    return net.to(device).eval().requires_grad_(False), file_sha256(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

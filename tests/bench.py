@@ -2,6 +2,7 @@
 
     python tests/bench.py iteration     # one distillation iteration against the naive arrangement, and the forward units of both
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
+    python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
     python tests/bench.py fid           # trace term, Inception passes and the whole command, against pytorch-fid where it is installed
 
 A forward unit is one network pass over one batch; a backward pass costs two more when weights get gradients and one more when
@@ -33,7 +34,7 @@ import fid  # noqa: E402
 from distill import OBJECTIVES, generator_loss  # noqa: E402
 from interpolants import FAMILIES  # noqa: E402
 from model import SiT, build_model, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
-from sample import generate, one_step, start_noise  # noqa: E402
+from sample import degrade, generate, one_step, start_noise, to_device  # noqa: E402
 from train_teacher import draw_digits, regression_loss  # noqa: E402
 
 PATH = FAMILIES["linear"]
@@ -239,9 +240,42 @@ def fid_bench(args):
             whole_command(args, weights, pathlib.Path(folder))
 
 
+def antithetic(args):
+    """Variance of a velocity bridge's gradient: a batch of independent z against pairs of z and -z, and in the end at equal passes."""
+    images, labels = draw_digits(args.batch * 40, 28)
+    x0 = to_device(images, "cpu")
+    x1 = to_device(degrade("lowres4", images), "cpu")
+    size, patch = parse_name(args.model)
+    torch.manual_seed(0)
+    net = build_model({"network": dict(size=size, patch=patch, image_size=28, channels=1, num_classes=10, reference_channels=1)})
+    path, optimizer = FAMILIES["bridge"], torch.optim.AdamW(net.parameters(), 1e-3)
+    y = torch.from_numpy(labels)
+
+    def gradient(seed, pairs):
+        g = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(x0), (args.batch,), generator=g)
+        z, t = torch.randn(args.batch, 1, 28, 28, generator=g), 1e-3 + 0.998 * torch.rand(args.batch, generator=g)
+        if pairs:
+            chosen, t, z = (v[::2].repeat_interleave(2, 0) for v in (chosen, t, z))
+            z[1::2] *= -1
+        optimizer.zero_grad()
+        regression_loss(net, path, "velocity", x0[chosen], x1[chosen], z, t, y[chosen], True).mean().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    for trained in (0, args.iterations * 25):
+        for step in range(trained):
+            gradient(step, False)
+            optimizer.step()
+        variance = {}
+        for pairs in (False, True):
+            gradients = torch.stack([gradient(10 ** 6 + i, pairs) for i in range(40)])
+            variance[pairs] = float(gradients.var(0).sum())
+        print(f"after {trained} steps: variance of the gradient {variance[False]:.3g} with independent z, {variance[True]:.3g} with pairs "
+              f"(same number of passes): {variance[False] / variance[True]:.2f} times less", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("iteration", "sampling", "fid"))
+    parser.add_argument("what", choices=("iteration", "sampling", "fid", "antithetic"))
     parser.add_argument("--model", default="SiT-XS/4")
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--channels", type=int, default=1)
@@ -250,7 +284,7 @@ def main():
     parser.add_argument("--images", type=int, default=2000, help="of each side in the whole fid command")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    {"iteration": iteration, "sampling": sampling, "fid": fid_bench}[args.what](args)
+    {"iteration": iteration, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic}[args.what](args)
 
 
 if __name__ == "__main__":
