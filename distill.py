@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import check_log_snr, convert, interpolate, loss_weight, prediction_scale, time_of_noise_ratio
 from model import UserError, build_model, ema_update, fingerprint, frozen_copy, guided, load_weights, save_checkpoint
-from sample import (Parser, check_writable, command, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
+from sample import (Parser, check_writable, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
                     path_of, save_picture, start_processes, step_input, to_device, to_uint8)
-from train_teacher import (Log, StopSignal, check_batch, draw_noise, learning_rate, load_images, load_reference, optimizer_step,
-                           precision, regression_loss, resume, write_flags)
+from train_teacher import (Log, StopSignal, check_batch, count_skipped, draw_noise, gather_optimizer, learning_rate, load_images,
+                           load_reference, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
 
 # An objective is a row: what it sets for the knobs that the command line leaves unset. kappa means nothing under `stop`.
 OBJECTIVES = {
@@ -177,6 +177,7 @@ def parse_flags():
     add("--data", default=None, help="real data, for the three flags below and for bridges (a bridge takes its teacher's); as in "
         "train_teacher.py")
     add("--data_dir", default="data", help="where downloads and decoded folders are kept")
+    add("--vae", default=None, help="autoencoder that decodes the latents for pictures")
     add("--reference", default=None, help="what a bridge starts from (its teacher's)")
     add("--real_alpha", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's alpha in (0, 1]: below 1 the critic also "
         "learns from real data")
@@ -199,6 +200,8 @@ def parse_flags():
     add("--sample_every", type=number(int, 1), default=100, help="iterations between pictures")
     add("--save_every", type=number(int, 1), default=1000, help="iterations between checkpoints")
     add("--compile", action="store_true", help="torch.compile the three networks")
+    add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third more time")
+    add("--shard", action="store_true", help="split the optimizers' moments over the processes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     for knob, value in OBJECTIVES[args.objective].items():
@@ -254,9 +257,9 @@ def main():
         def load():
             return load_images(args.data, args.data_dir, config["network"]["image_size"], args.seed, say=say)
         data = first_process(load, rank, world) or load()
-        if data.images.shape[3] != teacher.channels or (teacher.num_classes and data.num_classes not in (0, teacher.num_classes)):
-            raise UserError(f"--data {args.data}: {data.images.shape[3]} channels and {data.num_classes} classes, the teacher has "
-                            f"{teacher.channels} and {teacher.num_classes}")
+        if data.channels != teacher.channels or data.side != config["network"]["image_size"] or (teacher.num_classes and data.num_classes not in (0, teacher.num_classes)):
+            raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, the teacher has "
+                            f"{config['network']['image_size']}x{config['network']['image_size']}x{teacher.channels} and {teacher.num_classes}")
         reference = load_reference(args.reference, data.images, args.data_dir, say) if kind else None
         if reference and reference.kind != kind:
             raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
@@ -265,6 +268,8 @@ def main():
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is not the teacher that {out / 'resume.pt'} was made with; choose "
                         "another --out, or start over with --fresh")
 
+    decode = decoder(args.vae, config, device, needed=False)
+
     # Student and critic start from the teacher's average. Everyone stays in eval(): no dropout anywhere.
     student, critic = build_model(config).to(device).eval(), build_model(config).to(device).eval()
     student.load_state_dict(teacher.state_dict())
@@ -272,7 +277,9 @@ def main():
     averages = [frozen_copy(student) for _ in args.ema]
     torch.manual_seed(args.seed)
     head = Head(critic.width).to(device) if args.gan_weight else None
-    optimizers = [torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.999), fused=device.type != "mps")
+    for net in (teacher, student, critic):
+        net.grad_checkpoint = args.grad_checkpoint
+    optimizers = [make_optimizer(torch.optim.Adam, net, lr, device, args.shard, betas=(0.0, 0.999))
                   for net, lr in ((student, args.lr), (critic, args.critic_lr), (head, args.gan_lr or args.critic_lr)) if net]
     step = 0
     if state:
@@ -315,7 +322,8 @@ def main():
         """Real images x0 with their labels and, for bridges, their x1, drawn in the same manner."""
         g = generator(args.seed, step, *key, "images")
         chosen = torch.randint(len(data.images), (args.batch,), generator=g).numpy()
-        x0, y = to_device(data.images[chosen[mine]], device), labels_of(chosen[mine])
+        x0 = data.x0(data.images[chosen[mine]], chosen, mine, device, args.seed, step, *key)
+        y = labels_of(chosen[mine])
         x1 = to_device(reference.rows(data.images, chosen, args.seed, step, "-".join(map(str, key)), mine), device) if kind else None
         return x0, x1, y
 
@@ -370,6 +378,7 @@ def main():
         x_t, _ = interpolate(path, x0, watched[2][:10] if x1 is None else x1, t, watched[1][:10])
         rows = [*given, x0] + [convert(path, net(x_t, t, y, *given), prediction, "data", x_t, t, x1)
                                for net in (guided_teacher, guided_critic)]
+        rows = [decode(row) for row in rows] if decode else rows
         save_picture(out / f"distill_{step:07d}.png", enlarge(grid(np.concatenate([to_uint8(row) for row in rows]), 10)))
 
     def result():
@@ -377,17 +386,18 @@ def main():
         return {"config": config, "step": step, "ema": weights[0], "decays": args.ema, "other_averages": weights[1:]}
 
     def save():
+        moments = [gather_optimizer(optimizer, rank) for optimizer in optimizers]
         if rank > 0:
             return
         save_checkpoint(out / "resume.pt", {"flags": vars(args), "step": step, "teacher": teacher_id, "student": student.state_dict(),
                                             "critic": critic.state_dict(), "averages": [net.state_dict() for net in averages],
-                                            "optimizers": [o.state_dict() for o in optimizers],
+                                            "optimizers": moments,
                                             "head": head.state_dict() if head else None})
         if step % args.save_every == 0:
             save_checkpoint(out / f"student_one_step_{step:07d}.pth", result())
 
     real = args.real_alpha < 1 or args.real_beta < 1
-    stop, skipped = StopSignal(), 0
+    stop, skipped, wait = StopSignal(), 0, device.type != "cuda"
     log = Log(out, "distill", step, args.iters, args.batch, rank, world, device)
     while step < args.iters:
         finite, rates = True, [learning_rate(step, lr, args.warmup, args.decay_from) for lr in (args.lr, args.critic_lr, args.gan_lr or args.critic_lr)]
@@ -429,11 +439,11 @@ def main():
                     log.add(head_loss=head_loss)
                 (critic_loss + args.gan_weight * head_loss if adversarial else critic_loss).backward()
             if adversarial:
-                _, stepped = optimizer_step(optimizers[2], head, rates[2], args.clip)
-                finite &= stepped
-            critic_norm, stepped = optimizer_step(optimizers[1], critic, rates[1], args.clip)
+                _, stepped = optimizer_step(optimizers[2], head, rates[2], args.clip, wait)
+                finite = finite & stepped
+            critic_norm, stepped = optimizer_step(optimizers[1], critic, rates[1], args.clip, wait)
             log.add(critic_loss=critic_loss, critic_norm=critic_norm)
-            finite &= stepped
+            finite = finite & stepped
 
         # The student: the gap's gradient with respect to its samples, carried on through its own graph.
         for k in range(args.k_G):
@@ -453,12 +463,12 @@ def main():
                     total = total + args.gan_weight * fooled
                     log.add(fooled=fooled)
                 x0.backward(torch.autograd.grad(total, leaf)[0])
-            student_norm, stepped = optimizer_step(optimizers[0], student, rates[0], args.clip)
+            student_norm, stepped = optimizer_step(optimizers[0], student, rates[0], args.clip, wait)
             log.add(student_loss=loss.mean(), D2=D2.mean(), student_norm=student_norm)
-            finite &= stepped
+            finite = finite & stepped
         step += 1
-        skipped = 0 if finite else skipped + 1
-        if skipped >= 10:
+        skipped = count_skipped(skipped, finite)
+        if (isinstance(skipped, int) or step % args.log_every == 0) and skipped >= 10:
             raise UserError(f"iteration {step}: losses or gradients were not finite 10 times in a row; lower --lr. The last good "
                             "checkpoint is untouched")
         for average, decay in zip(averages, args.ema):

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 
 from interpolants import DIFFUSIONS, SOLVERS
 from model import UserError, download, file_sha256, load_checkpoint
-from sample import (IMAGE_SUFFIXES, Parser, check_steps, check_writable, choose_labels, command, default_solver, first_process,
-                    generate, load_named, minutes, number, one_of, read_image, start_processes, student_times)
+from sample import (IMAGE_SUFFIXES, Parser, check_steps, check_writable, choose_labels, command, decoder, default_solver,
+                    first_process, generate, load_named, minutes, number, one_of, read_image, start_processes, student_times)
 from train_teacher import IDX_FILES, load_images
 
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
@@ -319,19 +319,19 @@ def open_checkpoint(label, path, args, seed, device):
     if config.get("reference"):
         raise UserError(f"{label} {path}: is a bridge; restore images with sample.py --reference first and give their .npz")
     steps, scale = args.steps or (len(student_times(config)) if student else 50), 1.0 if args.cfg_scale is None else args.cfg_scale
-    solver = args.solver or default_solver(config)
+    solver, decode = args.solver or default_solver(config), decoder(args.vae, config, device)
     if scale != 1 and net.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {path} has no classes to guide with")
     labels = choose_labels(args.labels, args.n, net.num_classes, seed)
 
     def read(start, stop):
         return generate(net, config, labels[start:stop], seed, range(start, stop), steps, solver, scale, args.diffusion,
-                        cfg_interval=args.cfg_interval)
+                        cfg_interval=args.cfg_interval, decode=decode)
     record = {"kind": "checkpoint", "path": str(path), "sha256": file_sha256(path), "interpolant": config["interpolant"],
               "sampler": "student" if student else solver, "diffusion": args.diffusion if solver == "sde" else None, "steps": steps,
               "cfg_scale": config["student"]["cfg_scale"] if student else scale,
               "cfg_interval": config["student"].get("cfg_interval", [0.0, 1.0]) if student else args.cfg_interval, "seed": seed,
-              "labels": args.labels, "image_size": config["network"]["image_size"]}
+              "labels": args.labels, "image_size": config.get("latent", config["network"])["image_size"], "vae": args.vae}
     return Source(str(path), args.n, read, record)
 
 
@@ -628,6 +628,7 @@ def parse_flags():
     add("--cfg_scale", type=number(float, 0), default=None, help="guidance of a teacher (1)")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times at which a "
         "teacher is guided")
+    add("--vae", default=None, help="autoencoder that decodes a checkpoint's latents")
     add("--labels", default="balanced", help="random, balanced, or a list such as 3,1,4 (repeated)")
     add("--seed", type=number(int, 0, 2 ** 63 - 2), default=0, help="of the samples; a checkpoint as REFERENCE uses seed + 1")
     add("--batch", type=number(int, 1), default=50, help="images at a time and process")

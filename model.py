@@ -18,6 +18,7 @@ import warnings
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # width, depth, heads: S to XL as published, the two smallest for CPUs
     "XXS": (64, 3, 2),
@@ -150,6 +151,7 @@ class SiT(nn.Module):
             raise UserError(f"image size {image_size} is not a multiple of the patch size {patch}: "
                             f"use {image_size // patch * patch or patch} or another patch")
         self.patch, self.channels, self.num_classes, self.time_scale = patch, channels, num_classes, time_scale
+        self.grad_checkpoint = False  # set it to keep only the blocks' inputs for the backward pass
         self.width, self.reference_channels, self.reverse_time = width, reference_channels, reverse_time
         self.x_embedder = PatchEmbed(channels + reference_channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -192,7 +194,10 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed  # (B,T,D), T = (H/p)(W/p)
         c = self.t_embedder(self.clock(t)) + self.y_embedder(y)  # (B,D)
         for block in self.blocks[:len(self.blocks) // 2] if middle else self.blocks:
-            x = block(x, c)  # (B,T,D)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)  # (B,T,D)
+            else:
+                x = block(x, c)  # (B,T,D)
         if middle:
             return x
         x = self.final_layer(x, c).float()  # (B,T,p*p*C)
@@ -357,6 +362,7 @@ def read_released(state, path):
         # The vp row has log abar = -(0.1 t + 9.95 t^2): solved for t.
         network["timesteps"] = ((-0.1 + (0.01 - 4 * 9.95 * log_abar).sqrt()) / (2 * 9.95)).tolist()
     return {"ema": state, "config": {"network": network, "model": f"{family}-{size}/{patch}", "data": "imagenet",
+                                     "latent": {"autoencoder": None, "image_size": 8 * side},
                                      **({"interpolant": "linear", "prediction": "velocity"} if family == "SiT" else
                                         {"interpolant": "vp", "prediction": "noise"})}}
 

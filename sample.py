@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, coefficients, convert, family, interpolate, posterior, solve,
                           time_grid)
-from model import UserError, guided, load_model
+from model import UserError, guided, load_autoencoder, load_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,8 +236,9 @@ def read_images(flag, path, side, channels):
 
 
 def to_device(images, device):
-    """(B,H,W,C) uint8 array -> (B,C,H,W) float32 in [-1, 1] on the device."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
+    """(B,H,W,C) uint8 array or tensor -> (B,C,H,W) float32 in [-1, 1] on the device."""
+    x = images if torch.is_tensor(images) else torch.from_numpy(np.ascontiguousarray(images))
+    x = x.to(device, non_blocking=True)
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -327,19 +328,41 @@ def fewer(times, steps):
     return [times[i * len(times) // steps] for i in range(steps)]
 
 
+def check_autoencoder(name, autoencoder, sha256, latent, channels):
+    """--vae against the latents of a checkpoint or a cache: latent is their record, None for pixels; channels are theirs."""
+    if name and not latent:
+        raise UserError(f"--vae {name}: these are pixels, not latents; leave it out")
+    if name and autoencoder.latents != channels:
+        raise UserError(f"--vae {name}: makes latents of {autoencoder.latents} channels, here are {channels}")
+    if name and latent.get("autoencoder") not in (None, sha256):
+        raise UserError(f"--vae {name}: is not the autoencoder that the latents were made with ({sha256[:8]}…, not "
+                        f"{latent['autoencoder'][:8]}…)")
+
+
+def decoder(name, config, device, needed=True):
+    """--vae of a checkpoint -> what turns its output into pixels, None where it makes pixels itself (or, unless needed, none is named)."""
+    if config.get("latent") and name is None and needed:
+        raise UserError("--vae is missing: this checkpoint makes latents; give the autoencoder that decodes them "
+                        "(diffusion_pytorch_model.safetensors)")
+    autoencoder, sha256 = load_autoencoder(name, device) if name else (None, None)
+    check_autoencoder(name, autoencoder, sha256, config.get("latent"), config["network"]["channels"])
+    return autoencoder.decode if autoencoder else None
+
+
 def path_of(config):
     return family(config["interpolant"], config.get("gamma_scale", 1.0))
 
 
 @torch.no_grad()
 def generate(net, config, labels, seed, indices, steps=None, solver=None, cfg_scale=1.0, diffusion="sigma", x1=None,
-             cfg_interval=(0.0, 1.0)):
+             cfg_interval=(0.0, 1.0), decode=None):
     """Images number `indices` of the stream `seed` -> (n,H,W,C) uint8 array. labels (n,) int64 or None.
 
     A student's configuration says so and holds its times, of which it takes `steps` (all); solver and guidance are the teacher's
     (50 steps; euler, on bridges posterior). x1 (n,H,W,C) uint8: what a bridge starts from.
+    decode: latents (n,c,h,w) -> pixels, where the network makes latents.
     """
-    path, prediction = path_of(config), config["prediction"]
+    path, prediction, decode = path_of(config), config["prediction"], decode or (lambda x: x)
     device = next(net.parameters()).device
     shape = (net.channels, config["network"]["image_size"], config["network"]["image_size"])
     streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
@@ -353,12 +376,12 @@ def generate(net, config, labels, seed, indices, steps=None, solver=None, cfg_sc
         times = student_times(config)
         times = fewer(times, steps or len(times))
         x_t = step_input(path, net, prediction, times, len(times) - 1, lambda _: (draw(), draw()), y, given)
-        return to_uint8(one_step(path, net, prediction, times[-1], x_t, y, given))
+        return to_uint8(decode(one_step(path, net, prediction, times[-1], x_t, y, given)))
     steps, solver = steps or 50, solver or default_solver(config)
     t = torch.full((len(streams),), float(time_grid(path, steps, prediction, sees_x1=given is not None)[0]), device=device)
     x = start_noise(path, t, draw() if given is None else given, draw())
-    return to_uint8(solve(path, lambda x, t: guided(net, x, t, y, cfg_scale, given, cfg_interval), x, steps, solver, prediction,
-                          diffusion, draw, given))
+    return to_uint8(decode(solve(path, lambda x, t: guided(net, x, t, y, cfg_scale, given, cfg_interval), x, steps, solver,
+                                 prediction, diffusion, draw, given)))
 
 
 def student_times(config):
@@ -546,17 +569,17 @@ def compare(args, device):
     args.n = args.n if x1 is None else min(len(x1), args.n if args.given_n else 10)
     labels = choose_labels(args.labels, args.n, teacher.num_classes, args.seed) if x1 is None else label_references(
         None if labels is None else labels[:args.n], teacher, args)
-    times = student_times(student_config)
+    times, decode = student_times(student_config), decoder(args.vae, teacher_config, device)
     for net, config, name in ((teacher, teacher_config, "teacher"),
                               (student, student_config, "one-step student" if len(times) == 1 else "student")):
         steps = len(times) if name != "teacher" else args.steps or 50
         images, elapsed = [], 0.0
-        generate(net, config, labels[:1], args.seed, [0], 1, x1=None if x1 is None else x1[:1])  # the first call is slow for its own reasons
+        generate(net, config, labels[:1], args.seed, [0], 1, x1=None if x1 is None else x1[:1], decode=decode)  # the first call is slow for its own reasons
         for start in range(0, args.n, args.batch):
             began = time.perf_counter()
             rows = slice(start, min(start + args.batch, args.n))
             images.append(generate(net, config, labels[rows], args.seed, range(rows.start, rows.stop), steps, args.solver, scale,
-                                   args.diffusion, None if x1 is None else x1[rows], args.cfg_interval))
+                                   args.diffusion, None if x1 is None else x1[rows], args.cfg_interval, decode))
             elapsed += time.perf_counter() - began
         made.append(np.concatenate(images))
         panels.append(enlarge(grid(made[-1], min(args.n, max(10, math.ceil(args.n ** 0.5)))), 560))
@@ -587,6 +610,7 @@ def main():
         "was distilled with): 1 = conditional, 0 = unconditional")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times at which a "
         "teacher is guided")
+    add("--vae", default=None, help="autoencoder that decodes a checkpoint's latents")
     add("--reference", default=None, help="FILE, FOLDER or .npz of images that a bridge starts from")
     add("--degrade", action="store_true", help="degrade them first as the bridge's training did; they are the truth then")
     add("--truth", default=None, help="FILE, FOLDER or .npz to measure the restored images against (PSNR)")
@@ -611,6 +635,7 @@ def main():
 
     net, config = load_named("--ckpt", args.ckpt, device)
     check_steps(args, config, args.ckpt)
+    decode = decoder(args.vae, config, device)
     if config.get("reference") == "unpaired" and args.solver not in (None, "posterior"):
         raise UserError(f"--solver {args.solver}: an unpaired bridge knows no velocity, leave it out (posterior)")
     scale = 1.0 if args.cfg_scale is None else args.cfg_scale
@@ -635,7 +660,7 @@ def main():
             indices = range(starts[turn + rank], min(starts[turn + rank] + args.batch, args.n))
             rows = slice(indices.start, indices.stop)
             mine = generate(net, config, labels[rows], args.seed, indices, args.steps, args.solver, scale, args.diffusion,
-                            None if x1 is None else x1[rows], args.cfg_interval)
+                            None if x1 is None else x1[rows], args.cfg_interval, decode)
             if truth is not None:
                 quality += [psnr(image[None], other[None]) for image, other in zip(mine, truth[rows])]
             if folder:

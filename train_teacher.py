@@ -6,11 +6,13 @@
 
 Writes OUT/teacher.pt (everything: the same command again goes on from it), OUT/log.jsonl and OUT/samples_XXXXXXX.png.
 """
+import concurrent.futures
 import contextlib
 import functools
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -25,9 +27,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import FAMILIES, PREDICTIONS, family, interpolate, loss_weight, preconditioning, target
-from model import (UserError, build_model, download, ema_update, frozen_copy, load_checkpoint, load_weights, parse_name,
-                   save_checkpoint)
-from sample import (DEGRADATIONS, IMAGE_SUFFIXES, Parser, check_degradation, check_writable, choose_labels, command, degrade,
+from model import (LATENT_SCALE, UserError, build_model, download, ema_update, frozen_copy, load_autoencoder, load_checkpoint,
+                   load_weights, parse_name, save_checkpoint)
+from sample import (DEGRADATIONS, IMAGE_SUFFIXES, Parser, check_autoencoder, check_degradation, check_writable, choose_labels, command, degrade,
                     enlarge, first_process, generate, generator, grid, minutes, number, one_of, read_image, read_npz, save_picture,
                     start_processes, to_device)
 
@@ -36,10 +38,32 @@ from sample import (DEGRADATIONS, IMAGE_SUFFIXES, Parser, check_degradation, che
 # Data: every source becomes one uint8 array
 
 class Images(NamedTuple):
-    """images (N,H,W,C) uint8, labels (N,) int64, num_classes (0 = unconditional)."""
+    """images (N,H,W,C) uint8, labels (N,) int64, num_classes (0 = unconditional). With a latent record instead: images (N,2,2,c,h,w)
+    float16, the mean and the log-variance of the latents of image and mirror image."""
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+    latent: dict = None
+
+    @property
+    def side(self):
+        return self.images.shape[-1 if self.latent else 1]
+
+    @property
+    def channels(self):
+        return self.images.shape[3]
+
+    def x0(self, rows, chosen, part, device, *key):
+        """What networks see, (b,C,H,W) float32 on the device, of rows = images[chosen[part]]. Latents draw mirror and posterior anew
+        each time, as functions of the key and the row of the whole batch `chosen`."""
+        if not self.latent:
+            return to_device(rows, device)
+        g = generator(*key, "posterior", device=device)
+        mirror = torch.rand(len(chosen), generator=g, device=device)[part] < 0.5
+        noise = torch.randn((len(chosen), self.channels, self.side, self.side), generator=g, device=device)[part]
+        mean, log_variance = torch.as_tensor(rows).to(device, non_blocking=True)[torch.arange(len(mirror), device=device), mirror.long()].float(
+            ).unbind(1)  # (b,2,c,h,w)
+        return LATENT_SCALE * (mean + (0.5 * log_variance).exp() * noise)
 
 
 def draw_digits(n=10000, size=24, seed=0):
@@ -104,9 +128,8 @@ def read_cifar10(data_dir):
     return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
 
 
-def read_folder(folder, size, data_dir, skip_broken=False, say=print):
-    """Class subfolders or one flat folder of images -> memmap (N,size,size,3) and labels or None. Decoded once; the next run with
-    the same files, size and data_dir finds the result by a fingerprint of names, lengths and times."""
+def list_folder(folder):
+    """-> files in order, labels (N,) int64 or None, names of the classes: the subfolders, or none for a flat folder."""
     folder = pathlib.Path(folder)
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
@@ -114,6 +137,15 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     classes = sorted({f.relative_to(folder).parts[0] for f in files if f.parent != folder})
     if classes and any(f.parent == folder for f in files):
         raise UserError(f"--data {folder}: holds images beside class subfolders; use either")
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[f.relative_to(folder).parts[0]] for f in files], np.int64) if classes else None
+    return files, labels, classes
+
+
+def read_folder(folder, size, data_dir, skip_broken=False, say=print):
+    """Class subfolders or one flat folder of images -> memmap (N,size,size,3) and labels or None. Decoded once; the next run with
+    the same files, size and data_dir finds the result by a fingerprint of names, lengths and times."""
+    files, labels, classes = list_folder(folder)
     if size is None:
         try:
             size = min(read_image(files[0]).shape[:2])
@@ -138,7 +170,7 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
                                     ) from None
                 say(f"skipped {file}: {error}")
                 continue
-            kept.append(classes.index(file.relative_to(folder).parts[0]) if classes else 0)
+            kept.append(int(labels[i]) if classes else 0)
             if time.time() - shown > 5:
                 shown = time.time()
                 say(f"decoding {i + 1}/{len(files)}, time left {minutes((shown - began) / (i + 1) * (len(files) - i - 1))}")
@@ -155,6 +187,104 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     return images, np.array(found["labels"], np.int64) if found["classes"] else None
 
 
+CHUNK = 16  # images encoded at a time and marked as done together: the file does not depend on who encodes them
+
+
+def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, device, rank, world, say):
+    """Encode a folder (or any other data) once -> Images with latents. directory gets latents.npy, labels.npy, done.npy (a byte for each chunk,
+    set once it is written) and record.json. Processes take chunks in turn; a run cut off goes on with the chunks that are left."""
+    directory = pathlib.Path(directory)
+    if pathlib.Path(data).is_dir():
+        folder = pathlib.Path(data)
+        files, labels, classes = list_folder(folder)
+        listing = hashlib.sha256(repr([(str(f.relative_to(folder)), f.stat().st_size) for f in files]).encode()).hexdigest()
+        n, num_classes = len(files), len(classes)
+
+        def read(i):
+            try:
+                return read_image(files[i], image_size)
+            except (OSError, ValueError) as error:
+                problem = UserError(f"--data {data}: {files[i]} cannot be read ({error}); mend or delete it")
+                problem.everywhere = False
+                raise problem from None
+    else:
+        found = load_images(data, data_dir, image_size)
+        images, labels, num_classes, n = found.images, found.labels, found.num_classes, len(found.images)
+        listing, read = hashlib.sha256(images.tobytes()).hexdigest(), lambda i: np.repeat(images[i], 3 // images.shape[3], -1)
+    side, c = image_size // autoencoder.factor, autoencoder.latents
+    record = {"count": n, "shape": [n, 2, 2, c, side, side], "dtype": "float16", "source": str(data), "listing": listing, "image_size": image_size,
+              "crop": "centre", "autoencoder": sha256, "num_classes": num_classes}
+
+    def begin():  # once, by the first process
+        check_writable("--cache_latents", directory)
+        if (directory / "record.json").exists():
+            made = read_record(directory)
+            changed = next((key for key in record if key != "source" and made.get(key) != record[key]), None)
+            if changed:
+                raise UserError(f"--cache_latents {directory}: was made with another {changed} ({str(made.get(changed))[:40]}, here "
+                                f"{str(record[changed])[:40]}); choose another folder")
+            return True
+        if any(directory.iterdir()):
+            raise UserError(f"--cache_latents {directory}: holds other files; choose another folder")
+        np.lib.format.open_memmap(directory / "latents.npy", "w+", np.float16, tuple(record["shape"])).flush()
+        np.lib.format.open_memmap(directory / "done.npy", "w+", np.uint8, ((n + CHUNK - 1) // CHUNK,)).flush()
+        np.save(directory / "labels.npy", np.zeros(n, np.int64) if labels is None else labels)
+        (directory / "record.json").write_text(json.dumps({**record, "complete": False}))
+        return True
+    first_process(begin, rank, world)
+    latents, done = (np.lib.format.open_memmap(directory / f"{name}.npy", "r+") for name in ("latents", "done"))
+    todo = [k for k in range(rank, len(done), world) if not done[k]]
+    began, shown = time.time(), time.time()
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as workers:
+        for turn, k in enumerate(todo):
+            rows = range(k * CHUNK, min((k + 1) * CHUNK, n))
+            x = to_device(np.stack(list(workers.map(read, rows))), device)  # (b,3,H,W)
+            for m, view in enumerate((x, x.flip(3))):
+                for j, value in enumerate(autoencoder.encode(view)):
+                    latents[rows.start:rows.stop, m, j] = value.cpu().numpy().astype(np.float16)
+            latents.flush()
+            done[k] = 1
+            if time.time() - shown > 5:
+                shown = time.time()
+                say(f"encoding {(turn + 1) * CHUNK * world}/{n}, time left {minutes((shown - began) / (turn + 1) * (len(todo) - turn - 1))}")
+    done.flush()
+    if world > 1:
+        dist.barrier()
+
+    def finish():
+        if not np.lib.format.open_memmap(directory / "done.npy", "r").all():
+            raise UserError(f"--cache_latents {directory}: some images are not encoded; run the same command again")
+        temporary = directory / "record.tmp"
+        temporary.write_text(json.dumps({**record, "complete": True}, indent=1) + "\n")
+        temporary.replace(directory / "record.json")
+        return True
+    first_process(finish, rank, world)
+    return read_latents(directory)
+
+
+def read_record(directory):
+    try:
+        record = json.loads(pathlib.Path(directory, "record.json").read_text())
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def read_latents(directory):
+    """A folder written by cache_latents -> Images."""
+    record = read_record(directory)
+    if not record.get("complete"):
+        raise UserError(f"--data {directory}: its latents are incomplete; run the command with --cache_latents again")
+    try:
+        latents = np.load(pathlib.Path(directory, "latents.npy"), mmap_mode="r")
+        labels = np.load(pathlib.Path(directory, "labels.npy"))
+        if list(latents.shape) != record["shape"] or latents.dtype != np.float16 or labels.shape != latents.shape[:1]:
+            raise ValueError(f"latents of shape {latents.shape}")
+        return Images(latents, labels, record["num_classes"], record)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--data {directory}: its latents do not fit its record ({error}); delete the folder and make it again") from None
+
+
 def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=False, unconditional=False, say=print):
     """--data by name or path -> Images. The one reader of training data and of references."""
     path = pathlib.Path(data)
@@ -164,6 +294,8 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
         images, labels = read_idx_set(data, data_dir)
     elif data == "cifar10":
         images, labels = read_cifar10(data_dir)
+    elif path.is_dir() and (path / "record.json").is_file() and (path / "latents.npy").is_file():
+        return read_latents(path)
     elif path.is_dir():
         images, labels = read_folder(path, image_size, data_dir, skip_broken, say)
     elif path.is_file() and path.suffix == ".npz":
@@ -274,16 +406,45 @@ def precision(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def optimizer_step(optimizer, net, lr, clip):
-    """Clip and step, unless the gradient is not finite. -> (gradient norm, stepped)."""
+def make_optimizer(kind, net, lr, device, shard=False, **options):
+    """An Adam of torch.optim over the network. shard: each process keeps the moments of its part of the weights only (ZeRO stage 1,
+    arXiv:1910.02054); the state dict is that of the plain optimizer, so checkpoints load on any number of processes."""
+    options = dict(lr=lr, fused=device.type != "mps", **options)
+    if shard and dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(net.parameters(), optimizer_class=kind, **options)
+    return kind(net.parameters(), **options)
+
+
+def gather_optimizer(optimizer, rank):
+    """The optimizer's whole state dict in the first process, None elsewhere; called by all of them."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
+    return optimizer.state_dict() if rank == 0 else None
+
+
+def optimizer_step(optimizer, net, lr, clip, wait=True):
+    """Clip and step, unless the gradient is not finite. -> (gradient norm, stepped). Without wait the host does not look: a fused
+    optimizer skips by itself on the device, and stepped is a tensor there."""
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    finite = torch.isfinite(norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if wait:
+        finite = bool(finite)
+        if finite:
+            optimizer.step()
+    else:
+        inner = getattr(optimizer, "optim", optimizer)
+        inner.grad_scale, inner.found_inf = None, (~finite).float()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def count_skipped(skipped, stepped):
+    """Skipped steps in a row: an int, or a tensor where stepped is one (see optimizer_step)."""
+    return (skipped + 1) * (~stepped if torch.is_tensor(stepped) else int(not stepped))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +541,7 @@ def peak_memory(device):
 
 
 # Flags that may differ between a run and its continuation: they do not change what is learnt.
-FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir", "skip_broken"}
+FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir", "skip_broken", "vae", "grad_checkpoint", "shard"}
 
 
 def resume(path, args, name, needs):
@@ -424,6 +585,8 @@ def parse_flags():
     add("--data_dir", default="data", help="where downloads and decoded folders are kept")
     add("--image_size", type=number(int, 1), default=None, help="side in pixels (the data's own)")
     add("--skip_broken", action="store_true", help="leave out images of a folder that cannot be read")
+    add("--vae", default=None, help="autoencoder of latents: diffusers' diffusion_pytorch_model.safetensors or .bin, or its folder")
+    add("--cache_latents", default=None, help="DIR: encode --data once with --vae, both mirrors, and train on the latents; later --data DIR")
     add("--unconditional", action="store_true", help="ignore labels")
     add("--model", default="SiT-XS/4", help="SiT-SIZE/PATCH with a size of XXS, XS, S, B, L, XL")
     add("--qk_norm", action="store_true", help="normalise queries and keys")
@@ -450,6 +613,8 @@ def parse_flags():
     add("--sample_every", type=number(int, 1), default=1000, help="iterations between pictures")
     add("--save_every", type=number(int, 1), default=1000, help="iterations between checkpoints")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third more time")
+    add("--shard", action="store_true", help="split the optimizer's moments over the processes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args()
 
@@ -457,7 +622,9 @@ def parse_flags():
 def main():
     args = parse_flags()
     size, patch = parse_name(args.model)
-    if args.image_size and args.image_size % patch:
+    if args.cache_latents and not (args.vae and args.image_size):
+        raise UserError(f"--cache_latents {args.cache_latents}: needs --vae and --image_size, the side in pixels")
+    if args.image_size and not args.vae and args.image_size % patch:
         raise UserError(f"--image_size {args.image_size}: not a multiple of the patch size {patch} of --model {args.model}")
     bridge = args.interpolant == "bridge"
     if bridge and args.reference is None:
@@ -480,13 +647,22 @@ def main():
     # Data. The first process downloads or decodes, the others find the result.
     def load():
         return load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken, args.unconditional, say)
-    data = first_process(load, rank, world) or load()
-    side, channels = data.images.shape[1], data.images.shape[3]
+    autoencoder, sha256 = load_autoencoder(args.vae, device) if args.vae else (None, None)
+    if args.cache_latents:
+        if args.image_size % autoencoder.factor:
+            raise UserError(f"--image_size {args.image_size}: not a multiple of {autoencoder.factor}, what the autoencoder {args.vae} reduces by")
+        data = cache_latents(args.data, args.cache_latents, autoencoder, sha256, args.image_size, args.data_dir, device, rank, world, say)
+    else:
+        data = first_process(load, rank, world) or load()
+    check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
+    side, channels = data.side, data.channels
     if side % patch:
         raise UserError(f"--model {args.model}: its patch does not divide the {side}x{side} images; add --image_size "
                         f"{max(patch, side // patch * patch)} or choose another patch")
 
     reference = None
+    if data.latent and args.reference not in (None, "noise"):
+        raise UserError(f"--reference {args.reference}: bridges between latents are not there yet; leave --cache_latents out")
     if args.reference not in (None, "noise"):
         reference = load_reference(args.reference, data.images, args.data_dir, say)
     sees_x1 = reference is not None
@@ -500,6 +676,8 @@ def main():
                           "qk_norm": args.qk_norm, "precondition": preconditioning(path) if path.precondition else None,
                           "reference_channels": channels if reference and reference.kind != "unpaired" else 0},
               "model": args.model, "interpolant": args.interpolant, "prediction": prediction, "data": args.data}
+    if data.latent:
+        config["latent"] = {"autoencoder": data.latent["autoencoder"], "image_size": data.latent["image_size"]}
     if reference:
         config.update(reference=reference.kind, reference_source=args.reference, gamma_scale=args.gamma_scale)
     if path.precondition and prediction != "data":
@@ -507,7 +685,8 @@ def main():
     torch.manual_seed(args.seed)
     net = build_model(config).to(device)
     ema = frozen_copy(net)
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    net.grad_checkpoint = args.grad_checkpoint
+    optimizer = make_optimizer(torch.optim.AdamW, net, args.lr, device, args.shard, weight_decay=args.weight_decay)
     step = 0
     if state:
         load_weights(net, state["model"], out / "teacher.pt")
@@ -526,9 +705,10 @@ def main():
         + (f" x {world}" if world > 1 else ""))
 
     def save():
+        moments = gather_optimizer(optimizer, rank)
         if rank == 0:
             save_checkpoint(out / "teacher.pt", {"config": config, "flags": vars(args), "step": step, "model": net.state_dict(),
-                                                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+                                                 "ema": ema.state_dict(), "optimizer": moments})
 
     def picture():
         if rank == 0:
@@ -541,24 +721,37 @@ def main():
                 rows = [x1[:20], images[:20], data.images[first[:20]]]
                 save_picture(out / f"samples_{step:07d}.png", enlarge(grid(np.concatenate(rows), len(rows[0]))))
                 return
-            images = generate(ema, config, choose_labels("balanced", n, data.num_classes), args.seed, range(n), 25)
+            images = generate(ema, config, choose_labels("balanced", n, data.num_classes), args.seed, range(n), 25,
+                              decode=autoencoder.decode if autoencoder else None)
             save_picture(out / f"samples_{step:07d}.png", enlarge(grid(images, n // 10)))
 
     stop, skipped = StopSignal(), 0
     log = Log(out, "teacher", step, args.iters, args.batch, rank, world, device)
     share = args.batch // world
     mine = slice(rank * share, (rank + 1) * share)
-    while step < args.iters:
-        # The batch: images, labels with dropout, noise and times, all functions of (seed, step, global index).
+
+    def fetch(step):
+        """The images of a step, gathered in a second thread while the step before runs."""
         chosen = batch_indices(len(data.images), args.batch, step, args.seed)
         if args.antithetic:
             chosen = chosen.repeat(2)[:args.batch]
-        x0 = to_device(data.images[chosen[mine]], device)  # (B,C,H,W)
-        y = torch.from_numpy(data.labels[chosen[mine]]).to(device)  # (B,)
-        x1, z, u = draw_noise((args.batch, channels, side, side), mine, device, args.seed, step, "teacher")
+        pin = (lambda a: torch.from_numpy(np.ascontiguousarray(a)).pin_memory()) if device.type == "cuda" else (
+            lambda a: torch.from_numpy(np.ascontiguousarray(a)))
+        x1 = reference.rows(data.images, chosen, args.seed, step, "teacher", mine) if reference else None
+        return chosen, pin(data.images[chosen[mine]]), pin(data.labels[chosen[mine]]), x1 if x1 is None else pin(x1)
+    ahead = concurrent.futures.ThreadPoolExecutor(1)
+    pending = ahead.submit(fetch, step)
+    while step < args.iters:
+        # The batch: images, labels with dropout, noise and times, all functions of (seed, step, global index).
+        waited = time.perf_counter()
+        chosen, rows, y, x1 = pending.result()
+        log.add(data_wait=time.perf_counter() - waited)
+        pending = ahead.submit(fetch, step + 1)
+        x0 = data.x0(rows, chosen, mine, device, args.seed, step)  # (B,C,H,W)
+        y = y.to(device, non_blocking=True)  # (B,)
+        noise, z, u = draw_noise((args.batch, channels, side, side), mine, device, args.seed, step, "teacher")
+        x1 = noise if x1 is None else to_device(x1, device)
         drop = torch.rand(args.batch, generator=generator(args.seed, step, "dropout", device=device), device=device)[mine]
-        if reference:
-            x1 = to_device(reference.rows(data.images, chosen, args.seed, step, "teacher", mine), device)
         if args.antithetic:  # rows 2i and 2i + 1 share everything but the sign of z
             x0, x1, z, u, drop, y = (v[::2].repeat_interleave(2, 0) for v in (x0, x1, z, u, drop, y))
             z[1::2] *= -1
@@ -573,11 +766,12 @@ def main():
                 loss = regression_loss(wrapped, path, prediction, *piece, sees_x1).mean()
                 (loss / args.accum).backward()
             log.add(loss=loss)
-        norm, stepped = optimizer_step(optimizer, net, learning_rate(step, args.lr, args.warmup, args.decay_from), args.clip)
+        norm, stepped = optimizer_step(optimizer, net, learning_rate(step, args.lr, args.warmup, args.decay_from), args.clip,
+                                       wait=device.type != "cuda")
         log.add(grad_norm=norm)
         step += 1
-        skipped = 0 if stepped else skipped + 1
-        if skipped >= 10:
+        skipped = count_skipped(skipped, stepped)
+        if (isinstance(skipped, int) or step % args.log_every == 0) and skipped >= 10:
             raise UserError(f"iteration {step}: the loss or its gradient was not finite 10 times in a row; lower --lr. The last "
                             "good checkpoint is untouched")
         ema_update(ema, net, args.ema, step)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, SMALL
-from model import load_checkpoint, load_model
+from model import SiT, load_checkpoint, load_model
+from train_teacher import count_skipped, make_optimizer, optimizer_step
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -427,3 +428,48 @@ def test_help_names_every_flag_of_the_original_project(script):
         assert flag in stdout
     for name in ("train_teacher", "sample"):
         assert "default" in script(name, "--help")[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scale
+
+@pytest.mark.parametrize("job", ["teacher", "distill"])
+def test_sharded_moments_walk_the_same_path_and_load_anywhere(script, trainers, tmp_path, job):
+    """Two processes with --shard for two iterations, then one plain process for two more: as one process throughout."""
+    name, file, flags = trainers[job]
+    flags = (*flags, "--sample_every", 100, "--save_every", 2)
+    assert script(name, *flags, "--iters", 4, "--out", tmp_path / "plain")[0] == 0
+    torchrun(2, f"{name}.py", *flags, "--iters", 2, "--shard", "--out", tmp_path / "shard")
+    code, _, err = script(name, *flags, "--iters", 4, "--out", tmp_path / "shard")
+    assert code == 0, err
+    key = {"teacher": "loss", "distill": "critic_loss"}[job]
+    one, two = ([line[key] for line in log(tmp_path / out, job)] for out in ("plain", "shard"))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    torch.manual_seed(0)
+    net = SiT("XXS", 2, 4, 1, 3)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    x, t, y, found = torch.randn(2, 1, 4, 4), torch.rand(2), torch.tensor([0, 2]), []
+    for net.grad_checkpoint in (False, True):
+        found.append(torch.autograd.grad(net(x, t, y).square().sum(), [p for p in net.parameters() if p.requires_grad]))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(wait):
+    """Also where the host does not look and the fused optimizer skips by itself."""
+    net = torch.nn.Linear(2, 1)
+    optimizer, skipped = make_optimizer(torch.optim.AdamW, net, 0.1, torch.device("cpu")), 0
+    before = net.weight.clone()
+    for scale, expected in ((1.0, 0), (float("nan"), 1), (float("inf"), 2), (1.0, 0)):
+        kept = net.weight.clone()
+        (scale * net(torch.ones(1, 2))).sum().backward()
+        _, stepped = optimizer_step(optimizer, net, 0.1, 1.0, wait)
+        skipped = count_skipped(skipped, stepped)
+        assert int(skipped) == expected and bool(stepped) == (expected == 0)
+        assert torch.equal(net.weight, kept) == (expected > 0) and bool(net.weight.isfinite().all())
+    assert not torch.equal(net.weight, before)
