@@ -3,6 +3,8 @@
     python tests/bench.py iteration     # one distillation iteration against the naive arrangement, and the forward units of both
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
     python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
+    python tests/bench.py blocks        # forward and backward of SiT-S/2 against separate q, k, v and unfused attention
+    python tests/bench.py plan --model SiT-XL/2 --side 32 --channels 4 --batch 128 --gpus 8      # memory and hours of each stage
     python tests/bench.py fid           # trace term, Inception passes and the whole command, against pytorch-fid where it is installed
 
 A forward unit is one network pass over one batch; a backward pass costs two more when weights get gradients and one more when
@@ -10,6 +12,7 @@ only the input does.
 """
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -26,6 +29,7 @@ import scipy
 import scipy.linalg
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -33,7 +37,7 @@ import distill  # noqa: E402
 import fid  # noqa: E402
 from distill import OBJECTIVES, generator_loss  # noqa: E402
 from interpolants import FAMILIES  # noqa: E402
-from model import SiT, build_model, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
+from model import SIZES, SiT, build_model, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
 from sample import degrade, generate, one_step, start_noise, to_device  # noqa: E402
 from train_teacher import draw_digits, regression_loss  # noqa: E402
 
@@ -273,9 +277,84 @@ def antithetic(args):
               f"(same number of passes): {variance[False] / variance[True]:.2f} times less", flush=True)
 
 
+class SeparateAttention(torch.nn.Module):
+    """The same attention with three matrices and the softmax written out."""
+
+    def __init__(self, other):
+        super().__init__()
+        width = other.proj.in_features
+        self.heads, self.proj = other.heads, other.proj
+        self.q, self.k, self.v = (torch.nn.Linear(width, width) for _ in range(3))
+        for layer, w, b in zip((self.q, self.k, self.v), other.qkv.weight.data.chunk(3), other.qkv.bias.data.chunk(3)):
+            layer.weight.data, layer.bias.data = w.clone(), b.clone()
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = (layer(x).view(B, T, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = ((q @ k.transpose(2, 3)) * (D // self.heads) ** -0.5).softmax(3)
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, T, D))
+
+
+def blocks(args):
+    """Forward and backward of SiT-S/2 on 4x32x32 latents against the same blocks with separate matrices and unfused attention."""
+    net = SiT("S", 2, 32, 4, 1000)
+    for p in net.parameters():
+        if p.requires_grad and p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.02)
+    other = copy.deepcopy(net)
+    for block in other.blocks:
+        block.attn = SeparateAttention(block.attn)
+    batch = min(args.batch, 8)
+    x, t, y = torch.randn(batch, 4, 32, 32), torch.rand(batch), torch.randint(1000, (batch,))
+    times = {net: [], other: []}
+    with torch.no_grad():
+        difference = float((net(x, t, y) - other(x, t, y)).abs().max())
+    for r in range(args.rounds + 1):
+        for n in times:
+            began = time.perf_counter()
+            n(x, t, y).square().mean().backward()
+            times[n] += [time.perf_counter() - began] if r else []
+    ratios = [b / a for a, b in zip(times[net], times[other])]
+    print(f"SiT-S/2 on 4x32x32, batch {batch}, forward and backward, {torch.get_num_threads()} threads: {batch / statistics.median(times[net]):.1f} "
+          f"images a second; separate matrices and unfused attention {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to "
+          f"{max(ratios):.2f}); outputs differ by {difference:.0e}")
+
+
+def plan(args):
+    """Memory and hours of each stage from counted parameters and FLOPs: nothing is measured but the arithmetic."""
+    size, patch = parse_name(args.model)
+    with torch.device("meta"):
+        net = SiT(size, patch, args.side, args.channels, args.classes)
+        inputs = torch.empty(1, args.channels, args.side, args.side), torch.empty(1), torch.empty(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            net(*inputs)
+    weights, forward = sum(p.numel() for p in net.parameters()), counter.get_total_flops()
+    width, depth, _ = SIZES[size]
+    tokens = (args.side // patch) ** 2
+    # Bytes kept for a backward pass in bf16, for each token and channel: 34 a block without attention's matrix (arXiv:2205.05198,
+    # section 4.1), 2 a block and those of one block if blocks are recomputed.
+    kept, recomputed = 34 * tokens * width * depth, tokens * width * (2 * depth + 34)
+    rate = args.gpus * args.tflops * 1e12 * args.mfu
+    print(f"{args.model} on {args.side}x{args.side}x{args.channels}: {weights / 1e6:.1f} M parameters, {forward / 1e9:.1f} GFLOP a forward pass of one image; "
+          f"{args.gpus} GPUs of {args.tflops:g} TFLOP/s at {100 * args.mfu:.0f} %")
+    # name, images in all, forward units an image, networks in memory with moments, frozen ones, images a GPU at a time
+    guided_units = 2 if args.cfg_scale not in (0, 1) else 1
+    distill_units = (1 + 2) + args.k_psi * (1 + 2) + (args.k_psi - 1) + guided_units + 1
+    rows = [("teacher", args.teacher_iters * args.teacher_batch, 3, 1, 1, args.teacher_batch / args.gpus),
+            (f"distillation (cross, k_psi {args.k_psi})", args.iters * args.batch, distill_units, 2, 2, args.batch / args.gpus),
+            ("50,000 teacher samples, 250 steps", 50000, 250 * guided_units, 0, 1, 50), ("50,000 student samples", 50000, 1, 0, 1, 50)]
+    print(f"{'stage':38}{'units':>7}{'hours':>9}{'GiB a GPU':>11}{'--shard':>9}{'--grad_checkpoint':>19}")
+    for name, images, units, trained, frozen, per_gpu in rows:
+        fixed = 4 * weights * (4 * trained + frozen)  # weights, gradients and two moments in float32; frozen: weights
+        shard = fixed - 8 * weights * trained * (1 - 1 / args.gpus)
+        held = per_gpu if trained else 0
+        print(f"{name:38}{units:7d}{images * units * forward / rate / 3600:9.1f}{(fixed + kept * held) / 2 ** 30:11.1f}"
+              f"{(shard + kept * held) / 2 ** 30:9.1f}{(fixed + recomputed * held) / 2 ** 30:19.1f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("iteration", "sampling", "fid", "antithetic"))
+    parser.add_argument("what", choices=("iteration", "sampling", "fid", "antithetic", "blocks", "plan"))
     parser.add_argument("--model", default="SiT-XS/4")
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--channels", type=int, default=1)
@@ -283,8 +362,12 @@ def main():
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--images", type=int, default=2000, help="of each side in the whole fid command")
     parser.add_argument("--rounds", type=int, default=3)
+    group = parser.add_argument_group("plan (with --model SiT-XL/2 --side 32 --channels 4 --batch 128)")
+    for name, kind, default in (("gpus", int, 8), ("tflops", float, 800.0), ("mfu", float, 0.4), ("classes", int, 1000), ("cfg_scale", float, 4.0),
+                                ("k_psi", int, 5), ("iters", int, 200000), ("teacher_iters", int, 400000), ("teacher_batch", int, 256)):
+        group.add_argument(f"--{name}", type=kind, default=default)
     args = parser.parse_args()
-    {"iteration": iteration, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic}[args.what](args)
+    {"iteration": iteration, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic, "blocks": blocks, "plan": plan}[args.what](args)
 
 
 if __name__ == "__main__":
