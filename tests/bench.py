@@ -5,6 +5,7 @@
     python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
     python tests/bench.py blocks        # forward and backward of SiT-S/2 against separate q, k, v and unfused attention
     python tests/bench.py plan --model SiT-XL/2 --side 32 --channels 4 --batch 128 --gpus 8      # memory and hours of each stage
+    python tests/bench.py scale --side 32 --channels 4 --batch 64      # on a GPU: teacher step, distillation, samples of S/2, B/2, XL/2
     python tests/bench.py fid           # trace term, Inception passes and the whole command, against pytorch-fid where it is installed
 
 A forward unit is one network pass over one batch; a backward pass costs two more when weights get gradients and one more when
@@ -37,9 +38,9 @@ import distill  # noqa: E402
 import fid  # noqa: E402
 from distill import OBJECTIVES, generator_loss  # noqa: E402
 from interpolants import FAMILIES  # noqa: E402
-from model import SIZES, SiT, build_model, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
-from sample import degrade, generate, one_step, start_noise, to_device  # noqa: E402
-from train_teacher import draw_digits, regression_loss  # noqa: E402
+from model import SIZES, SiT, build_model, ema_update, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
+from sample import degrade, generate, one_step, start_noise, start_processes, to_device  # noqa: E402
+from train_teacher import draw_digits, make_optimizer, optimizer_step, peak_memory, precision, regression_loss  # noqa: E402
 
 PATH = FAMILIES["linear"]
 
@@ -74,11 +75,11 @@ def counted(count):
         SiT.forward = forward
 
 
-def ours(teacher, folder, args, *flags):
+def ours(teacher, folder, args, *flags, device="cpu"):
     """Seconds per iteration of distill.py itself, between the two lines of its log: what comes before the first is warm-up."""
     out = pathlib.Path(folder, "ours")
     argv, sys.argv = sys.argv, ["distill.py", "--teacher_ckpt", str(teacher), "--batch", str(args.batch),
-                                "--iters", str(2 * args.iterations), "--log_every", str(args.iterations), "--sample_every", "100000", "--device", "cpu",
+                                "--iters", str(2 * args.iterations), "--log_every", str(args.iterations), "--sample_every", "100000", "--device", device,
                                 "--out", str(out), "--fresh", *map(str, flags)]
     log = out / "log.jsonl"
     log.unlink(missing_ok=True)
@@ -320,6 +321,75 @@ def blocks(args):
           f"{max(ratios):.2f}); outputs differ by {difference:.0e}")
 
 
+def matrix_rate(device):
+    """TFLOP/s of a bf16 product of two large matrices (float32 elsewhere than on CUDA)."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = [timed(lambda: a @ b, device) for _ in range(20)]
+    return 2 * n ** 3 / statistics.median(times[5:]) / 1e12
+
+
+def timed(action, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def teacher_step(model, args, device, compiled):
+    """Seconds of one teacher step on random latents: bf16 autocast and torch.compile, or eager TF32. -> median, peak GiB."""
+    size, patch = parse_name(model)
+    net = SiT(size, patch, args.side, args.channels, args.classes).to(device)
+    ema, optimizer = frozen_copy(net), make_optimizer(torch.optim.AdamW, net, 1e-4, device)
+    torch.set_float32_matmul_precision("high")
+    if compiled:
+        net.compile()
+    batch = [torch.randn(args.batch, args.channels, args.side, args.side, device=device) for _ in range(2)]
+    t, y = torch.rand(args.batch, device=device), torch.randint(args.classes, (args.batch,), device=device)
+
+    def step():
+        with precision(device) if compiled else contextlib.nullcontext():
+            loss = regression_loss(net, PATH, "velocity", *batch, None, t, y).mean()
+            loss.backward()
+        optimizer_step(optimizer, net, 1e-4, 1.0, wait=device.type != "cuda")
+        ema_update(ema, net, 0.9999, 1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = [timed(step, device) for _ in range(args.iterations + 3)]
+    return statistics.median(times[3:]), peak_memory(device) / 2 ** 10
+
+
+def scale(args):
+    """What the accelerator makes of SiT on latents: teacher step, distillation iteration, one-step samples; the goals are XL/2's teacher
+    step at 45 % of the card's matrix rate and 3 times eager TF32."""
+    rank, world, device = start_processes("auto")
+    rate = matrix_rate(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, matrix rate {rate:.1f} TFLOP/s, {args.channels}x{args.side}x{args.side}, batch {args.batch}")
+    for model in args.models.split(","):
+        size, patch = parse_name(model)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            SiT(size, patch, args.side, args.channels, args.classes)(torch.empty(1, args.channels, args.side, args.side), torch.empty(1),
+                                                                      torch.empty(1, dtype=torch.long))
+        flops = 3 * counter.get_total_flops()
+        eager, eager_peak = teacher_step(model, args, device, False)
+        fast, peak = teacher_step(model, args, device, True)
+        print(f"{model} teacher step: {args.batch / fast:.1f} images/s, {peak:.1f} GiB, {flops * args.batch / fast / rate / 1e12:.0%} of the matrix rate; "
+              f"eager TF32 {fast and eager / fast:.2f} times as long, {eager_peak:.1f} GiB", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            teacher, net, config = random_teacher(folder, model, args.side, args.channels)
+            for objective in ("cross", "gap"):
+                seconds = ours(teacher, folder, args, "--objective", objective, "--k_psi", 5, *["--compile"] * (device.type == "cuda"), device=device.type)[0]
+                print(f"{model} distillation iteration, {objective}, k_psi 5: {args.batch / seconds:.1f} images/s", flush=True)
+            net = net.to(device).eval().requires_grad_(False)
+            student = {**config, "student": {"times": [0.714], "steps": 1, "cfg_scale": 1.0}}
+            times = [timed(lambda: generate(net, student, np.arange(args.batch) % 10, r, range(args.batch)), device) for r in range(4)]
+            print(f"{model} one-step samples: {args.batch / statistics.median(times[1:]):.1f} images/s", flush=True)
+
+
 def plan(args):
     """Memory and hours of each stage from counted parameters and FLOPs: nothing is measured but the arithmetic."""
     size, patch = parse_name(args.model)
@@ -354,7 +424,7 @@ def plan(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("iteration", "sampling", "fid", "antithetic", "blocks", "plan"))
+    parser.add_argument("what", choices=("iteration", "sampling", "fid", "antithetic", "blocks", "plan", "scale"))
     parser.add_argument("--model", default="SiT-XS/4")
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--channels", type=int, default=1)
@@ -362,12 +432,13 @@ def main():
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--images", type=int, default=2000, help="of each side in the whole fid command")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", default="SiT-S/2,SiT-B/2,SiT-XL/2", help="networks of scale")
     group = parser.add_argument_group("plan (with --model SiT-XL/2 --side 32 --channels 4 --batch 128)")
     for name, kind, default in (("gpus", int, 8), ("tflops", float, 800.0), ("mfu", float, 0.4), ("classes", int, 1000), ("cfg_scale", float, 4.0),
                                 ("k_psi", int, 5), ("iters", int, 200000), ("teacher_iters", int, 400000), ("teacher_batch", int, 256)):
         group.add_argument(f"--{name}", type=kind, default=default)
     args = parser.parse_args()
-    {"iteration": iteration, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic, "blocks": blocks, "plan": plan}[args.what](args)
+    {"iteration": iteration, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic, "blocks": blocks, "plan": plan, "scale": scale}[args.what](args)
 
 
 if __name__ == "__main__":

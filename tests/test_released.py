@@ -338,3 +338,17 @@ def test_caches_that_do_not_fit(script, refused, folder):
     record = json.loads(pathlib.Path("cache/record.json").read_text())
     pathlib.Path("cache/record.json").write_text(json.dumps({**record, "complete": False}))
     refused(*train, "--data", "cache", says="incomplete")
+
+
+@pytest.mark.parametrize("name", ["SiT-XXS-2-64x64.pt", "DiT-XXS-2-64x64.pt"])
+def test_released_weights_are_sampled_and_distilled(script, tmp_path, monkeypatch, name):
+    """As they are: teacher samples with guidance, a student of them, and its samples, decoded to pixels."""
+    monkeypatch.chdir(tmp_path)
+    released(name, wrap=WRAPS["ema"])
+    torch.save(small_autoencoder().state_dict(), "vae.bin")
+    code, _, err = script("sample", "--ckpt", name, "--vae", "vae.bin", "--n", 3, "--steps", 4, "--solver", "sde", "--cfg_scale", 2, "--out", "t.npz", "--device", "cpu")
+    assert code == 0 and np.load("t.npz")["arr_0"].shape == (3, 16, 16, 3), err
+    code, _, err = script("distill", "--teacher_ckpt", name, "--vae", "vae.bin", "--cfg_scale", 2, *SMALL[2:], "--iters", 2)
+    assert code == 0, err
+    code, _, err = script("sample", "--ckpt", "out/student.pt", "--vae", "vae.bin", "--n", 3, "--out", "s.npz", "--device", "cpu")
+    assert code == 0 and np.load("s.npz")["arr_0"].shape == (3, 16, 16, 3), err

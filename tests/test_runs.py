@@ -4,6 +4,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -473,3 +474,25 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(wait):
         assert int(skipped) == expected and bool(stepped) == (expected == 0)
         assert torch.equal(net.weight, kept) == (expected > 0) and bool(net.weight.isfinite().all())
     assert not torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("what", [["plan", "--model", "SiT-XL/2"], ["scale", "--models", "SiT-XXS/2"], ["iteration", "--model", "SiT-XXS/4"]])
+def test_benchmarks_run_at_tiny_size(what):
+    """They are commands of the README; one day a machine with GPUs will run them."""
+    done = shell(str(ROOT / "tests" / "bench.py"), *what, "--side", "8", "--channels", "4", "--batch", "2", "--iterations", "1", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    if what[0] == "plan":
+        assert "M parameters" in done.stdout and "distillation" in done.stdout
+    if what[0] == "scale":
+        assert "of the matrix rate" in done.stdout and "one-step samples" in done.stdout
+
+
+def test_compiled_runs(images, tmp_path):
+    """torch.compile in place: weights keep their names, so an uncompiled command goes on from the checkpoint."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    flags = ("--data", str(images), *map(str, SMALL), "--out", str(tmp_path))
+    for extra in (("--iters", "2", "--compile"), ("--iters", "3")):
+        done = shell(str(ROOT / "train_teacher.py"), *flags, *extra)
+        assert done.returncode == 0, done.stderr
+    assert not any("_orig_mod" in name for name in load_checkpoint(tmp_path / "teacher.pt")["model"])
