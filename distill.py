@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import check_log_snr, convert, interpolate, loss_weight, prediction_scale, time_of_noise_ratio
 from model import UserError, build_model, ema_update, fingerprint, frozen_copy, guided, load_weights, save_checkpoint
-from sample import (Parser, check_writable, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
+from sample import (Parser, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
                     path_of, save_picture, start_processes, step_input, to_device, to_uint8)
-from train_teacher import (Log, StopSignal, check_batch, count_skipped, draw_noise, gather_optimizer, learning_rate, load_images,
-                           load_reference, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
+from train_teacher import (Log, StopSignal, check_batch, count_skipped, draw_noise, gather_optimizer, keep, learning_rate, load_images,
+                           load_reference, lock, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
 
 # An objective is a row: what it sets for the knobs that the command line leaves unset. kappa means nothing under `stop`.
 OBJECTIVES = {
@@ -216,6 +216,8 @@ def main():
     rank, world, device = start_processes(args.device)
     check_batch(args.batch, world)
     out = pathlib.Path(args.out)
+    if out.is_dir():  # a new folder is made and locked when there is something to write
+        first_process(lambda: lock(out), rank, world)
     torch.set_float32_matmul_precision("high")
     say = print if rank == 0 else lambda *_: None
 
@@ -297,7 +299,7 @@ def main():
     wrap = DistributedDataParallel if world > 1 else (lambda net: net)
     wrapped_student, wrapped_critic, wrapped_head = wrap(student), wrap(critic), wrap(head) if head else None
     if rank == 0:
-        check_writable("--out", out)
+        lock(out)
         write_flags(out, "distill", vars(args))
     say(f"from the teacher: {config['model']}, {config['interpolant']} path, {prediction} prediction, "
         f"{student.num_classes} classes; {device}" + (f" x {world}" if world > 1 else ""))
@@ -397,7 +399,7 @@ def main():
             save_checkpoint(out / f"student_one_step_{step:07d}.pth", result())
 
     real = args.real_alpha < 1 or args.real_beta < 1
-    stop, skipped, wait = StopSignal(), 0, device.type != "cuda"
+    stop, skipped, failures, wait = StopSignal(), 0, 0, device.type != "cuda"
     log = Log(out, "distill", step, args.iters, args.batch, rank, world, device)
     while step < args.iters:
         finite, rates = True, [learning_rate(step, lr, args.warmup, args.decay_from) for lr in (args.lr, args.critic_lr, args.gan_lr or args.critic_lr)]
@@ -479,9 +481,9 @@ def main():
         if step % args.sample_every == 0 or step == args.iters:
             picture()
         if step % args.save_every == 0 or step == args.iters:
-            save()
+            failures = keep(save, out / "resume.pt", failures, step == args.iters)
         if stop() and step < args.iters:
-            save()
+            keep(save, out / "resume.pt", failures, True)
             stop.leave(step, rank)
     if rank == 0:
         save_checkpoint(out / "student.pt", result())

@@ -267,14 +267,39 @@ def ema_update(ema, net, decay, step):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain dicts of tensors, numbers, strings and lists
 
+def checksum(content):
+    """sha256 over a nested dict's or list's keys, values and tensors: notices a flipped bit that still loads."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if torch.is_tensor(value):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                digest.update(repr(key).encode())
+                add(inner)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)}".encode())
+            for inner in value:
+                add(inner)
+        else:
+            digest.update(repr(value).encode())
+    add(content)
+    return digest.hexdigest()
+
+
 def save_checkpoint(path, content):
-    """Write beside the target, flush to disk, then replace: the last good file is whole until the new one is."""
-    path = pathlib.Path(path)
+    """Write beside the target, flush to disk, then replace: the last good file is whole until the new one is. A checksum goes with it."""
+    path, content = pathlib.Path(path), {**content, "checksum": checksum(content)}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
-            torch.save(content, f)
+            try:
+                torch.save(content, f)
+            except RuntimeError as error:  # how its archive writer ends after the disk's own error
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
             f.flush()
             os.fsync(f.fileno())
         umask = os.umask(0)
@@ -308,6 +333,9 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint, or cut off before its end") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint of this project")
+    promised = content.pop("checksum", None)  # other people's files have none
+    if promised is not None and promised != checksum(content):
+        raise UserError(f"{path}: damaged: its content does not match its checksum; use another copy, or start over with --fresh")
     return content
 
 

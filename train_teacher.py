@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
+import shutil
 import signal
 import sys
 import tarfile
@@ -480,6 +482,50 @@ class StopSignal:
         sys.exit(130 if self.number == signal.SIGINT else 0)
 
 
+def lock(out):
+    """Keep a second run out of the folder for as long as this process lives: the lock is the system's, so none is left by a crash.
+    Raises UserError naming the process that holds it."""
+    check_writable("--out", out)
+    if lock.held:
+        lock.held.close()
+    lock.held = file = open(pathlib.Path(out, "lock"), "a+")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return
+    except OSError:
+        file.seek(0)
+        raise UserError(f"--out {out}: another run is writing there ({file.read().strip() or 'process unknown'}); wait for it, stop it, or "
+                        "choose another folder") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+
+
+lock.held = None
+
+
+def keep(save, path, failures, last):
+    """save() -> 0, or the number of failures in a row if the disk is full or the folder read-only: the last good checkpoint is untouched
+    and the run goes on to the next save. Raises UserError after three, or when there is no next (last)."""
+    try:
+        save()
+        return 0
+    except OSError as error:
+        try:
+            space = f"{shutil.disk_usage(pathlib.Path(path).parent).free / 2 ** 20:.0f} MiB free"
+        except OSError:
+            space = "space unknown"
+        reason = error.strerror or str(error)
+        if last or failures >= 2:
+            raise UserError(f"{path}: cannot be written ({reason}; {space}); the last good checkpoint is untouched, make room and run the same "
+                            "command again") from None
+        print(f"{path}: cannot be written ({reason}; {space}); the last good checkpoint is untouched, trying again at the next save",
+              file=sys.stderr, flush=True)
+        return failures + 1
+
+
 class Log:
     """Averages of the numbers since the last line: one line for people, one JSON object in OUT/log.jsonl."""
 
@@ -640,6 +686,8 @@ def main():
         raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
                         f"{args.batch // (2 * world * args.accum) * 2 * world * args.accum or 2 * world * args.accum} does")
     out = pathlib.Path(args.out)
+    if out.is_dir():  # a new folder is made and locked when there is something to write
+        first_process(lambda: lock(out), rank, world)
     state = resume(out / "teacher.pt", args, "teacher's", ("model", "ema", "optimizer"))
     torch.set_float32_matmul_precision("high")
     say = print if rank == 0 else lambda *_: None
@@ -698,7 +746,7 @@ def main():
         net.compile()
     wrapped = DistributedDataParallel(net) if world > 1 else net
     if rank == 0:
-        check_writable("--out", out)
+        lock(out)
         write_flags(out, "train_teacher", vars(args))
     say(f"{args.model}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(data.images)} images "
         f"{side}x{side}x{channels}, {data.num_classes} classes, {args.interpolant} path, {prediction} prediction, {device}"
@@ -725,7 +773,7 @@ def main():
                               decode=autoencoder.decode if autoencoder else None)
             save_picture(out / f"samples_{step:07d}.png", enlarge(grid(images, n // 10)))
 
-    stop, skipped = StopSignal(), 0
+    stop, skipped, failures = StopSignal(), 0, 0
     log = Log(out, "teacher", step, args.iters, args.batch, rank, world, device)
     share = args.batch // world
     mine = slice(rank * share, (rank + 1) * share)
@@ -781,9 +829,9 @@ def main():
         if step % args.sample_every == 0 or step == args.iters:
             picture()
         if step % args.save_every == 0 or step == args.iters:
-            save()
+            failures = keep(save, out / "teacher.pt", failures, step == args.iters)
         if stop() and step < args.iters:
-            save()
+            keep(save, out / "teacher.pt", failures, True)
             stop.leave(step, rank)
     if rank == 0:
         print(f"wrote {out / 'teacher.pt'}")

@@ -73,13 +73,14 @@ def small_teacher(images, tmp_path_factory):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     path = out / "teacher.pt"
-    state = torch.load(path, weights_only=True)
+    from model import load_checkpoint, save_checkpoint
+    state = load_checkpoint(path)
     g = torch.Generator().manual_seed(0)
     for weights in (state["ema"], state["model"]):
         for name, value in weights.items():
             if name.startswith("final_layer") or "adaLN" in name:
                 value += 0.05 * torch.randn(value.shape, generator=g)
-    torch.save(state, path)
+    save_checkpoint(path, state)
     return path
 
 
