@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from interpolants import check_log_snr, convert, interpolate, loss_weight, prediction_scale, time_of_noise_ratio
+from interpolants import check_log_snr, convert, family, interpolate, loss_weight, prediction_scale, time_of_noise_ratio
 from model import UserError, build_model, ema_update, fingerprint, frozen_copy, guided, load_weights, save_checkpoint
-from sample import (Parser, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
+from sample import (Parser, check_interval, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
                     path_of, save_picture, start_processes, step_input, to_device, to_uint8)
 from train_teacher import (Log, StopSignal, check_batch, count_skipped, draw_noise, gather_optimizer, keep, learning_rate, load_images,
                            load_reference, lock, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
@@ -203,16 +203,16 @@ def parse_flags():
     add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third more time")
     add("--shard", action="store_true", help="split the optimizers' moments over the processes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args()
+    args, defaults = parser.parse_args(), vars(parser.parse_args([]))
     for knob, value in OBJECTIVES[args.objective].items():
         if getattr(args, knob) is None:
             setattr(args, knob, value)
     args.critic_lr = args.critic_lr or 3 * args.lr
-    return args
+    return args, defaults
 
 
 def main():
-    args = parse_flags()
+    args, defaults = parse_flags()
     rank, world, device = start_processes(args.device)
     check_batch(args.batch, world)
     out = pathlib.Path(args.out)
@@ -231,17 +231,21 @@ def main():
         raise UserError(f"--cfg_scale {args.cfg_scale:g}: the teacher {args.teacher_ckpt} has no classes to guide with")
     path, prediction, kind = path_of(config), config["prediction"], config.get("reference")
     sees_x1 = kind is not None  # a bridge: x1 is given to the networks, not noise
+    shape = family(config["interpolant"]) if sees_x1 else path  # noise levels name times whatever a bridge's gamma_scale
     check_objective(path, args.grad, args.units, sees_x1)
     check_real(args, config)
-    for low, high in [args.cfg_interval]:
-        if low >= high:
-            raise UserError(f"--cfg_interval {low:g} {high:g}: the first must be below the second")
-    args.t_init = args.t_init or time_of_noise_ratio(path, START_RATIO, sees_x1)
+    check_interval(args.cfg_interval)
+    if args.critic_cfg_scale != 1 and teacher.num_classes == 0:
+        raise UserError(f"--critic_cfg_scale {args.critic_cfg_scale:g}: the teacher {args.teacher_ckpt} has no classes to guide with")
+    for flag, value, default in (("gan_lr", args.gan_lr, None), ("gan_from", args.gan_from, 0)):
+        if value != default and not args.gan_weight:
+            raise UserError(f"--{flag} {value}: there is no adversarial loss; add --gan_weight, or leave it out")
+    args.t_init = args.t_init or time_of_noise_ratio(shape, START_RATIO, sees_x1)
     one = torch.ones(1, 1)
     if not float(convert(path, one, prediction, "data", 2 * one, torch.tensor([args.t_init]), one if sees_x1 else None).abs()) < 1e3:
         raise UserError(f"--t_init {args.t_init:g}: there a {prediction} prediction says nothing of the data on the "
                         f"{config['interpolant']} path; use less, such as 0.99")
-    args.t_min, args.t_max = (given or min(time_of_noise_ratio(path, ratio, sees_x1), 1 - 1e-3 if sees_x1 else 1.0)
+    args.t_min, args.t_max = (given or min(time_of_noise_ratio(shape, ratio, sees_x1), 1 - 1e-3 if sees_x1 else 1.0)
                               for given, ratio in zip((args.t_min, args.t_max), RATIO_RANGE))
     if args.t_min >= args.t_max:
         raise UserError(f"--t_min {args.t_min}: must be below --t_max {args.t_max}")
@@ -253,16 +257,21 @@ def main():
     # Real data: what bridges start from, and what RealUID and the discriminator learn from.
     args.data = args.data or (config["data"] if kind else None)
     args.reference = args.reference or (config["reference_source"] if kind else None)
-    state = resume(out / "resume.pt", args, "distillation", ("student", "critic", "averages", "optimizers", "teacher"))
+    state = resume(out / "resume.pt", args, defaults, "distillation", ("student", "critic", "averages", "optimizers", "teacher"))
     data, reference = None, None
     if args.data:
         def load():
-            return load_images(args.data, args.data_dir, config["network"]["image_size"], args.seed, say=say)
+            side = None if config.get("latent") else config["network"]["image_size"]
+            return load_images(args.data, args.data_dir, side, args.seed, say=say)
         data = first_process(load, rank, world) or load()
         if data.channels != teacher.channels or data.side != config["network"]["image_size"] or (teacher.num_classes and data.num_classes not in (0, teacher.num_classes)):
             raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, the teacher has "
                             f"{config['network']['image_size']}x{config['network']['image_size']}x{teacher.channels} and {teacher.num_classes}")
-        reference = load_reference(args.reference, data.images, args.data_dir, say) if kind else None
+        def load_ref():
+            return load_reference(args.reference, data.images, args.data_dir, say)
+        reference = (first_process(load_ref, rank, world) or load_ref()) if kind else None
+        if data.latent and config.get("latent", {}).get("autoencoder") not in (None, data.latent["autoencoder"]):
+            raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
         if reference and reference.kind != kind:
             raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
     teacher_id = fingerprint(teacher)
@@ -318,7 +327,7 @@ def main():
     def labels_of(chosen):
         """Labels of real images, the null class where they have none."""
         y = torch.from_numpy(data.labels[chosen]).to(device)
-        return y if data.num_classes else torch.full_like(y, student.num_classes)
+        return y if data.num_classes and student.num_classes else torch.full_like(y, student.num_classes)
 
     def draw_data(*key):
         """Real images x0 with their labels and, for bridges, their x1, drawn in the same manner."""
@@ -375,7 +384,7 @@ def main():
         if rank > 0:
             return
         x0, x1 = watch(averages[0], 10)
-        y, t = watched_y[:10], torch.full((10,), time_of_noise_ratio(path, 1.0, sees_x1), device=device)
+        y, t = watched_y[:10], torch.full((10,), time_of_noise_ratio(shape, 1.0, sees_x1), device=device)
         given = () if x1 is None else (x1,)
         x_t, _ = interpolate(path, x0, watched[2][:10] if x1 is None else x1, t, watched[1][:10])
         rows = [*given, x0] + [convert(path, net(x_t, t, y, *given), prediction, "data", x_t, t, x1)
@@ -409,9 +418,10 @@ def main():
         # The student's samples, with the graph of its own step. It is built once; a critic step uses the same images. With several
         # steps, one of them, the same for the whole batch, is trained on what those before it have made.
         last = int(torch.randint(args.student_steps, (), generator=generator(args.seed, step, "step")))
-        with precision(device):
-            start, y, noise = draw_start("student", 0)
+        start, y, noise = draw_start("student", 0)
+        with precision(device):  # a context of its own: autocast remembers weights cast without gradient
             x_t = step_input(path, student, prediction, times, last, noise, y, start)
+        with precision(device):
             x0 = one_step(path, wrapped_student, prediction, times[last], x_t, y, start)  # (B,C,H,W)
 
         # The critic: regression on the student's samples, fresh noise and times in every step; a bridge keeps the x1 it came from.
@@ -449,10 +459,12 @@ def main():
 
         # The student: the gap's gradient with respect to its samples, carried on through its own graph.
         for k in range(args.k_G):
+            if k > 0:
+                start, y, noise = draw_start("student", k)
+                with precision(device):
+                    x_t = step_input(path, student, prediction, times, last, noise, y, start)
             with precision(device):
                 if k > 0:
-                    start, y, noise = draw_start("student", k)
-                    x_t = step_input(path, student, prediction, times, last, noise, y, start)
                     x0 = one_step(path, wrapped_student, prediction, times[last], x_t, y, start)
                 new_x1, new_z, t, _ = draw("gap", k)
                 leaf = x0.detach().requires_grad_()
@@ -479,14 +491,14 @@ def main():
         if step % args.log_every == 0 or step == args.iters:
             log.line(step, spread=spread())
         if step % args.sample_every == 0 or step == args.iters:
-            picture()
+            keep(picture, out / "distill.png", 0, False)
         if step % args.save_every == 0 or step == args.iters:
             failures = keep(save, out / "resume.pt", failures, step == args.iters)
         if stop() and step < args.iters:
             keep(save, out / "resume.pt", failures, True)
             stop.leave(step, rank)
     if rank == 0:
-        save_checkpoint(out / "student.pt", result())
+        keep(lambda: save_checkpoint(out / "student.pt", result()), out / "student.pt", 0, True)
         print(f"wrote {out / 'student.pt'}")
 
 

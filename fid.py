@@ -11,6 +11,7 @@ set's name or a checkpoint. Metrics go to stdout, one a line; progress goes to s
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -30,13 +31,14 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from interpolants import DIFFUSIONS, SOLVERS
 from model import UserError, download, file_sha256, load_checkpoint
-from sample import (IMAGE_SUFFIXES, Parser, check_steps, check_writable, choose_labels, command, decoder, default_solver,
-                    first_process, generate, load_named, minutes, number, one_of, read_image, start_processes, student_times)
+from sample import (DIFFUSIONS, IMAGE_SUFFIXES, SOLVERS, Parser, check_interval, check_steps, check_writable, choose_labels, command,
+                    decoder, default_solver, first_process, generate, load_named, minutes, number, one_of, read_image, save_file,
+                    start_processes, student_times)
 from train_teacher import IDX_FILES, load_images
 
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
+STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # the metrics that statistics serve, and their names in a file
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth", 95628359,
            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 DATA_SETS = ("digits", *IDX_FILES, "cifar10")
@@ -229,14 +231,14 @@ class Source(NamedTuple):
 
     def count(self, metric):
         """How many images this metric rests on, None if nobody knows."""
-        return self.made_from if metric in STORED and "mu" in self.statistics else self.n
+        return self.made_from if set(STORED.get(metric, ("images",))) <= self.statistics.keys() else self.n
 
 
 class NpzImages:
     """Rows of an image array inside an .npz, read in order, never all at once."""
 
     def __init__(self, archive, member, label):
-        self.archive, self.member = archive, member
+        self.archive, self.member, self.label = archive, member, label
         with archive.open(member) as f:
             version = np.lib.format.read_magic(f)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -250,6 +252,8 @@ class NpzImages:
         if len(self.shape) not in (3, 4) or (len(self.shape) == 4 and self.shape[3] not in (1, 3)) or 0 in self.shape or fortran:
             raise UserError(f"{label}: {name} has shape {self.shape}{' in Fortran order' * fortran}, expected (N,H,W), (N,H,W,1) or "
                             "(N,H,W,3)")
+        if archive.getinfo(member).file_size < self.start + int(np.prod(self.shape)):
+            raise UserError(f"{label}: {name} claims shape {self.shape}, more than the file holds")
         self.file = None
 
     def __len__(self):
@@ -257,9 +261,14 @@ class NpzImages:
 
     def __call__(self, start, stop):
         row = int(np.prod(self.shape[1:]))
-        self.file = self.file or self.archive.open(self.member)
-        self.file.seek(self.start + start * row)
-        content = self.file.read((stop - start) * row)
+        try:
+            self.file = self.file or self.archive.open(self.member)
+            self.file.seek(self.start + start * row)
+            content = self.file.read((stop - start) * row)
+            if len(content) < (stop - start) * row:
+                raise EOFError("cut off")
+        except Exception as error:  # a damaged archive can fail in any way
+            raise UserError(f"{self.label}: damaged ({error})") from None
         return np.frombuffer(content, np.uint8).reshape(stop - start, *self.shape[1:3], -1)
 
 
@@ -273,15 +282,16 @@ def open_npz(label, path):
         with np.load(path, allow_pickle=False) as npz:
             for name in {"mu", "sigma", "mu_s", "sigma_s"} & names:
                 statistics[name] = np.asarray(npz[name], np.float64)
-            stored = int(npz["n"]) if "n" in names and statistics else None
+            stored = max(0, int(npz["n"])) if "n" in names and statistics and npz["n"].size == 1 else None
             record = json.loads(str(npz["record"])) if "record" in names and statistics else {}
+            record = record if isinstance(record, dict) else {}
     except UserError:
         raise
     except Exception as error:  # a damaged archive can fail in any way
         reason = "holds Python objects, refused" if "allow_pickle" in str(error) else "not a readable .npz file, or cut off"
         raise UserError(f"{label}: {reason}") from None
-    if not images and not {"mu", "sigma"} <= statistics.keys():
-        raise UserError(f"{label}: neither images (arr_0 or images) nor statistics (mu and sigma) inside, found "
+    if not images and not any(set(pair) <= statistics.keys() for pair in STORED.values()):
+        raise UserError(f"{label}: neither images (arr_0 or images) nor statistics (mu and sigma, mu_s and sigma_s) inside, found "
                         f"{', '.join(sorted(names)) or 'nothing'}")
     for mean, covariance, width in (("mu", "sigma", POOL), ("mu_s", "sigma_s", SPATIAL)):
         if mean in statistics or covariance in statistics:
@@ -322,6 +332,8 @@ def open_checkpoint(label, path, args, seed, device):
     solver, decode = args.solver or default_solver(config), decoder(args.vae, config, device)
     if scale != 1 and net.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {path} has no classes to guide with")
+    if decode is None and net.channels not in (1, 3):
+        raise UserError(f"{label} {path}: makes {net.channels} channels, images have 1 or 3")
     labels = choose_labels(args.labels, args.n, net.num_classes, seed)
 
     def read(start, stop):
@@ -340,13 +352,13 @@ def open_source(label, name, args, seed, device, size=None):
     path, label = pathlib.Path(name), f"{label} {name}"
     if name in DATA_SETS:
         try:
-            images = load_images(name, args.data_dir, size).images
+            images = load_images(name, args.data_dir, args.image_size or size).images
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
         return Source(name, len(images), lambda start, stop: images[start:stop],
                       {"kind": "data set", "path": name, "image_size": images.shape[1]})
     if path.is_dir():
-        return open_folder(label, path, size)
+        return open_folder(label, path, args.image_size)
     if not path.is_file():
         raise UserError(f"{label}: no such file, folder or data set (data sets: {', '.join(DATA_SETS)})")
     if path.suffix.lower() == ".npz":
@@ -547,7 +559,6 @@ def precision_recall(samples, reference, device="cpu", k=3):
 # The command
 
 NEEDS = {"fid": {"pool"}, "sfid": {"spatial"}, "is": {"is"}, "kid": {"features"}, "precision": {"features"}, "recall": {"features"}}
-STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 
 
 def missing(source, metrics, role):
@@ -558,7 +569,7 @@ def missing(source, metrics, role):
             continue
         if source.statistics.keys() >= set(STORED.get(metric, ("nothing",))):
             continue
-        if source.read is None or ("mu" in source.statistics and metric in STORED):
+        if source.read is None or (source.statistics and metric in STORED):
             how = (f"make it with fid.py IMAGES --metrics fid,{metric} --save_stats FILE.npz" if metric in STORED else
                    "statistics cannot serve it, give the images themselves")
             raise UserError(f"--metrics {metric}: {role} {source.name} has no {' and '.join(STORED.get(metric, ('images',)))}; {how}")
@@ -577,14 +588,16 @@ def check_rank(source, metrics, role, allowed):
                             f"about n than about the images; use at least {width // 2} (better 50000), or --allow_rank_poor")
 
 
-def same_ruler(source, weights_sha256, resize):
-    """Statistics that say with which weights and resize they were made must agree with this run's."""
-    made = source.record.get("made", {})
-    if made.get("weights_sha256", weights_sha256) != weights_sha256 and weights_sha256:
-        raise UserError(f"{source.name}: its statistics were made with other Inception weights ({made['weights_sha256'][:8]}…, here "
-                        f"{weights_sha256[:8]}…)")
-    if made.get("resize", resize) != resize:
-        raise UserError(f"--resize {resize}: the statistics of {source.name} were made with --resize {made['resize']}")
+def same_ruler(sides, weights_sha256, resize, needs):
+    """Statistics that say with which weights and resize they were made must agree with this run's pass and with one another."""
+    rulers = [("this run", weights_sha256, resize)] if any(needs.values()) else []
+    for side in sides.values():
+        made = side.record.get("made", {})
+        rulers.append((f"the statistics of {side.name}", *(str(made.get(key) or "") for key in ("weights_sha256", "resize"))))
+    for one, two in itertools.combinations(rulers, 2):
+        for i, what in ((1, "Inception weights"), (2, "--resize")):
+            if one[i] and two[i] and one[i] != two[i]:
+                raise UserError(f"{what}: {one[0]} used {one[i][:8]}, {two[0]} used {two[i][:8]}; they cannot be compared")
 
 
 def versions():
@@ -592,18 +605,12 @@ def versions():
             "pillow": PIL.__version__}
 
 
-def save_file(path, write):
-    """Write through a temporary file in the same folder, then rename."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-    os.replace(temporary, path)
-
-
 def metric_list(text):
     chosen = [one_of(METRICS)(name) for name in text.split(",")]
     return [name for name in METRICS if name in chosen]
+
+
+SAMPLING = ("n", "steps", "solver", "diffusion", "cfg_scale", "cfg_interval", "labels", "vae")  # flags that only a checkpoint has a use for
 
 
 def parse_flags():
@@ -634,13 +641,13 @@ def parse_flags():
     add("--batch", type=number(int, 1), default=50, help="images at a time and process")
     add("--data_dir", default="data", help="where downloads are kept")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args()
+    args, defaults = parser.parse_args(), vars(parser.parse_args(["SAMPLES"]))
     args.metrics = metric_list(args.metrics) if isinstance(args.metrics, str) else args.metrics
-    return args
+    return args, defaults
 
 
 def main():
-    args = parse_flags()
+    args, defaults = parse_flags()
     if args.reference is None and not args.save_stats and args.metrics != ["is"]:
         raise UserError("REFERENCE is missing: give what to compare with, or --save_stats FILE.npz to keep statistics of SAMPLES")
     for flag, file in (("--save_stats", args.save_stats), ("--json", args.json)):
@@ -654,7 +661,8 @@ def main():
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if rank == 0 else lambda text: None
 
     # The two sides. A checkpoint's image size is the data's as well, unless told otherwise.
-    sampling = [flag for flag in ("n", "steps", "cfg_scale") if getattr(args, flag) is not None]
+    check_interval(args.cfg_interval)
+    sampling = [flag for flag in SAMPLING if getattr(args, flag) != defaults[flag]]
     args.n = args.n or 50000
     names = [("SAMPLES", args.samples), ("REFERENCE", args.reference)][:1 if args.reference is None else 2]
     sides, size = {}, args.image_size
@@ -670,8 +678,9 @@ def main():
     sides = {role: sides[role] for role, _ in names}
     if args.save_stats and not set(args.metrics) & set(STORED):
         raise UserError(f"--save_stats {args.save_stats}: --metrics {','.join(args.metrics)} has no statistics to keep, add fid or sfid")
-    if args.reference is None:
-        args.metrics = [metric for metric in args.metrics if metric in (*STORED, "is")]
+    alone = [metric for metric in args.metrics if metric not in (*STORED, "is")] if args.reference is None else []
+    if alone:
+        raise UserError(f"--metrics {alone[0]}: needs REFERENCE; give what to compare with")
     needs = {role: missing(side, args.metrics, role) for role, side in sides.items()}
     for role, side in sides.items():
         check_rank(side, args.metrics, role, args.allow_rank_poor)
@@ -683,9 +692,9 @@ def main():
             return find_weights(args.weights, args.data_dir)
         weights, weights_sha256 = first_process(found, rank, world) or found()
         net = load_inception(weights, device)
+    same_ruler(sides, weights_sha256, args.resize, needs)
     results = {}
     for role, side in sides.items():
-        same_ruler(side, weights_sha256, args.resize)
         results[role] = dict(side.statistics)
         if needs[role]:
             results[role].update(measure(side, net, needs[role], args.batch, args.resize, device, rank, world, say))
@@ -701,12 +710,15 @@ def conclude(args, sides, results, about, device, say):
     if args.save_stats:
         role = "REFERENCE" if args.reference else "SAMPLES"
         kept = {name: results[role][name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in results[role]}
-        made = json.dumps({**about, "source": sources[role.lower()]})
+        carried = sides[role].record.get("made", {"weights_sha256": None, "resize": None, "source": sources[role.lower()]})
+        made = json.dumps({**about, "source": sources[role.lower()]} if "pixels" in results[role] else carried)  # stored ones stay what they were
         save_file(args.save_stats, lambda f: np.savez(f, **kept, n=np.array(sides[role].count("fid") or 0), record=np.array(made)))
         say(f"wrote {args.save_stats}")
     values = compare(results, args.metrics, device, say) if args.reference else {}
     if "is" in args.metrics:
         values["is"], values["is_std"] = results["SAMPLES"]["is"]
+        if not np.isfinite(values["is"]):
+            raise UserError("--metrics is: the score is not finite; look at the images and at the weights")
     if args.json:
         record = {**values, "n": sources["samples"]["n"], **sources, **about}
         save_file(args.json, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
@@ -719,6 +731,8 @@ def compare(results, metrics, device, say):
     for metric, (mean, covariance) in STORED.items():
         if metric in metrics:
             for side, what in ((a, "SAMPLES"), (b, "REFERENCE")):
+                if not (np.isfinite(side[mean]).all() and np.isfinite(side[covariance]).all()):
+                    raise UserError(f"--metrics {metric}: the mean or covariance of {what} is not finite; look at its images and at the weights")
                 rank = int(np.linalg.matrix_rank(side[covariance], hermitian=True))
                 if rank < len(side[mean]):
                     say(f"note: the covariance of {what} for {metric} is rank-poor: {rank} of {len(side[mean])}")

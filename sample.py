@@ -15,9 +15,11 @@ import math
 import os
 import pathlib
 import re
+import struct
 import sys
 import tempfile
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -58,9 +60,10 @@ def command(main):
             print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a disk that is full, a folder that cannot be written: named, with nothing hidden
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {place}{error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -167,8 +170,14 @@ def generator(*key, device="cpu"):
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def read_npz(path, flag="--data", names=(("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))):
+IMAGE_NAMES = (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))  # pairs of images and labels inside an .npz
+REFERENCE_NAMES = (("x1", "y1"), *IMAGE_NAMES)
+
+
+def read_npz(path, flag="--data", names=IMAGE_NAMES):
     """The first of these pairs that is there -> images (N,H,W,C) uint8 and labels or None."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{flag} {path}: not a readable .npz file")
     try:
         with np.load(path, allow_pickle=False) as npz:
             found = next((pair for pair in names if pair[0] in npz), None)
@@ -208,7 +217,7 @@ def read_image(path, size=None):
                 image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
             image = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
-    except (SyntaxError, Image.DecompressionBombError, EOFError, IndexError, TypeError) as error:
+    except (SyntaxError, Image.DecompressionBombError, EOFError, IndexError, TypeError, struct.error) as error:
         raise OSError(str(error)) from None
 
 
@@ -216,7 +225,7 @@ def read_images(flag, path, side, channels):
     """A file, a folder of files or an .npz, each image side x side -> images (n,side,side,channels) uint8, labels (n,) or None."""
     path = pathlib.Path(path)
     if path.is_file() and path.suffix.lower() == ".npz":
-        images, labels = read_npz(path, flag)
+        images, labels = read_npz(path, flag, REFERENCE_NAMES if flag == "--reference" else IMAGE_NAMES)
         if images.shape[1:] != (side, side, channels):
             raise UserError(f"{flag} {path}: images of shape {images.shape[1:]}, the checkpoint works on {(side, side, channels)}")
         return images, labels
@@ -437,12 +446,25 @@ def enlarge(picture, pixels=640):
     return picture.repeat(factor, 0).repeat(factor, 1)
 
 
-def save_picture(path, picture):
+def save_file(path, write):
+    """write(file) to a temporary file beside path, then rename; straight to path where that is a device."""
     path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as f:
+            write(f)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_picture(path, picture):
+    save_file(path, lambda f: Image.fromarray(picture).save(f, format="PNG"))
 
 
 def side_by_side(panels, captions):
@@ -466,11 +488,7 @@ def write_images(out, images, labels):
     if out.suffix.lower() == ".png":
         save_picture(out, enlarge(grid(images, min(len(images), max(10, math.ceil(len(images) ** 0.5))))))
     else:
-        temporary = out.with_name(out.name + ".tmp")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            np.savez(f, arr_0=images, arr_1=labels)
-        os.replace(temporary, out)
+        save_file(out, lambda f: np.savez(f, arr_0=images, arr_1=labels))
 
 
 def minutes(seconds):
@@ -491,8 +509,9 @@ def check_output(out, n):
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: choose a name ending in .png or .npz, or a folder")
     elif out.is_dir():
-        ours = {f"{i:06d}.png" for i in range(n)} | {"labels.txt"}
-        other = next((f.name for f in out.iterdir() if f.name not in ours), None)
+        def ours(name):
+            return name == "labels.txt" or (re.fullmatch(r"\d{6}\.png", name) and int(name[:6]) < n)
+        other = next((f.name for f in out.iterdir() if not ours(f.name)), None)
         if other:
             raise UserError(f"--out {out}: the folder already holds {other}, which is none of these {n} images: choose another")
 
@@ -537,6 +556,16 @@ def label_references(labels, net, args):
     return labels.astype(np.int64)
 
 
+def check_interval(interval):
+    if interval[0] >= interval[1]:
+        raise UserError(f"--cfg_interval {interval[0]:g} {interval[1]:g}: the first must be below the second")
+
+
+def check_solver(solver, config):
+    if config.get("reference") == "unpaired" and solver not in (None, "posterior"):
+        raise UserError(f"--solver {solver}: an unpaired bridge knows no velocity, leave it out (posterior)")
+
+
 def check_steps(args, config, name):
     """--steps and --cfg_scale against a student's checkpoint."""
     if "student" not in config:
@@ -562,6 +591,7 @@ def compare(args, device):
             raise UserError(f"--compare TEACHER STUDENT: the two differ in {name}")
     if teacher_config.get("reference") != student_config.get("reference"):
         raise UserError("--compare TEACHER STUDENT: the two differ in their reference")
+    check_solver(args.solver, teacher_config)
     scale = student_config["student"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     if scale != 1 and teacher.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {args.compare[0]} has no classes to guide with")
@@ -624,7 +654,8 @@ def main():
         raise UserError("give either --ckpt FILE or --compare TEACHER STUDENT")
     args.given_n = args.n is not None
     args.n = args.n or (100 if args.compare else 64)
-    check_output(args.out, args.n)
+    check_output(args.out, math.inf if args.reference else args.n)
+    check_interval(args.cfg_interval)
     if args.compare and not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: --compare draws a picture, choose a name ending in .png")
     rank, world, device = start_processes(args.device)
@@ -636,8 +667,9 @@ def main():
     net, config = load_named("--ckpt", args.ckpt, device)
     check_steps(args, config, args.ckpt)
     decode = decoder(args.vae, config, device)
-    if config.get("reference") == "unpaired" and args.solver not in (None, "posterior"):
-        raise UserError(f"--solver {args.solver}: an unpaired bridge knows no velocity, leave it out (posterior)")
+    check_solver(args.solver, config)
+    if "student" in config and args.solver:
+        raise UserError(f"--solver {args.solver}: {args.ckpt} is a student, it has steps of its own; leave it out")
     scale = 1.0 if args.cfg_scale is None else args.cfg_scale
     if scale != 1 and net.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {args.ckpt} has no classes to guide with")
@@ -646,6 +678,7 @@ def main():
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
     else:
         args.n = len(x1)
+        check_output(args.out, args.n)
         labels = label_references(labels, net, args)
     out, folder = pathlib.Path(args.out), pathlib.Path(args.out).suffix.lower() not in (".png", ".npz")
     if folder:

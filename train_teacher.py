@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from interpolants import FAMILIES, PREDICTIONS, family, interpolate, loss_weight, preconditioning, target
 from model import (LATENT_SCALE, UserError, build_model, download, ema_update, frozen_copy, load_autoencoder, load_checkpoint,
                    load_weights, parse_name, save_checkpoint)
-from sample import (DEGRADATIONS, IMAGE_SUFFIXES, Parser, check_autoencoder, check_degradation, check_writable, choose_labels, command, degrade,
+from sample import (DEGRADATIONS, IMAGE_SUFFIXES, REFERENCE_NAMES, Parser, check_autoencoder, check_degradation, check_writable, choose_labels, command, degrade,
                     enlarge, first_process, generate, generator, grid, minutes, number, one_of, read_image, read_npz, save_picture,
                     start_processes, to_device)
 
@@ -212,6 +212,8 @@ def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, de
     else:
         found = load_images(data, data_dir, image_size)
         images, labels, num_classes, n = found.images, found.labels, found.num_classes, len(found.images)
+        if images.shape[3] not in (1, 3):
+            raise UserError(f"--data {data}: {images.shape[3]} channels, an autoencoder reads 1 or 3")
         listing, read = hashlib.sha256(images.tobytes()).hexdigest(), lambda i: np.repeat(images[i], 3 // images.shape[3], -1)
     side, c = image_size // autoencoder.factor, autoencoder.latents
     record = {"count": n, "shape": [n, 2, 2, c, side, side], "dtype": "float16", "source": str(data), "listing": listing, "image_size": image_size,
@@ -280,7 +282,8 @@ def read_latents(directory):
     try:
         latents = np.load(pathlib.Path(directory, "latents.npy"), mmap_mode="r")
         labels = np.load(pathlib.Path(directory, "labels.npy"))
-        if list(latents.shape) != record["shape"] or latents.dtype != np.float16 or labels.shape != latents.shape[:1]:
+        known = isinstance(record["image_size"], int) and isinstance(record["autoencoder"], str) and isinstance(record["num_classes"], int)
+        if not known or latents.ndim != 6 or list(latents.shape) != record["shape"] or latents.dtype != np.float16 or labels.shape != latents.shape[:1]:
             raise ValueError(f"latents of shape {latents.shape}")
         return Images(latents, labels, record["num_classes"], record)
     except (OSError, ValueError, KeyError) as error:
@@ -297,7 +300,10 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
     elif data == "cifar10":
         images, labels = read_cifar10(data_dir)
     elif path.is_dir() and (path / "record.json").is_file() and (path / "latents.npy").is_file():
-        return read_latents(path)
+        found = read_latents(path)
+        if image_size not in (None, found.latent["image_size"]):
+            raise UserError(f"--image_size {image_size}: the latents of {data} are of images of {found.latent['image_size']}; leave it out")
+        return found._replace(labels=np.zeros_like(found.labels), num_classes=0) if unconditional else found
     elif path.is_dir():
         images, labels = read_folder(path, image_size, data_dir, skip_broken, say)
     elif path.is_file() and path.suffix == ".npz":
@@ -341,12 +347,9 @@ def load_reference(name, images, data_dir, say=print):
         check_degradation("--reference", name, side, channels)
         return Reference(name)
     if pathlib.Path(name).is_file():
-        try:
-            x1, _ = read_npz(name, "--reference", (("x1", "y1"), ("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1")))
-            with np.load(name) as npz:
-                kind = "paired" if "x1" in npz else "unpaired"
-        except UserError:
-            raise
+        x1, _ = read_npz(name, "--reference", REFERENCE_NAMES)
+        with np.load(name) as npz:
+            kind = "paired" if "x1" in npz else "unpaired"
     else:
         try:
             kind, x1 = "unpaired", load_images(name, data_dir, side, say=say).images
@@ -508,7 +511,8 @@ lock.held = None
 
 def keep(save, path, failures, last):
     """save() -> 0, or the number of failures in a row if the disk is full or the folder read-only: the last good checkpoint is untouched
-    and the run goes on to the next save. Raises UserError after three, or when there is no next (last)."""
+    and the run goes on to the next save. Raises UserError after three, or when there is no next (last). Pictures and the log are
+    kept with failures = 0: they never stop a run."""
     try:
         save()
         return 0
@@ -570,8 +574,10 @@ class Log:
                                                                                 "memory_mib"))
             print(f"{self.job} {step}/{self.iters} ({100 * step / self.iters:.0f}%)  {shown}  {rate:.0f} img/s  "
                   f"{record['memory_mib']:.0f} MiB  {minutes(left)} left", flush=True)
-            with open(self.file, "a") as f:
-                f.write(json.dumps(record) + "\n")
+            def append():
+                with open(self.file, "a") as f:
+                    f.write(json.dumps(record) + "\n")
+            keep(append, self.file, 0, False)
         return record
 
 
@@ -590,15 +596,15 @@ def peak_memory(device):
 FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir", "skip_broken", "vae", "grad_checkpoint", "shard"}
 
 
-def resume(path, args, name, needs):
-    """The checkpoint at path if it continues this command, None if there is none. Raises UserError when a flag differs.
-    needs: the keys that such a checkpoint must have."""
+def resume(path, args, defaults, name, needs):
+    """The checkpoint at path if it continues this command, None if there is none. Raises UserError when a flag differs; one that the
+    checkpoint does not know had its default. needs: the keys that such a checkpoint must have."""
     if args.fresh or not pathlib.Path(path).exists():
         return None
     state = load_checkpoint(path)
     if not {"flags", "step", *needs} <= state.keys():
         raise UserError(f"--out {args.out}: {path} is no {name} run; choose another --out, or start over with --fresh")
-    for flag, was in state["flags"].items():
+    for flag, was in {**defaults, **state["flags"]}.items():
         now = getattr(args, flag, None)
         if flag not in FREE_FLAGS and now != was:
             raise UserError(f"--{flag} {now}: {path} was made with --{flag} {was}; repeat its flags, choose another --out, or "
@@ -662,11 +668,11 @@ def parse_flags():
     add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third more time")
     add("--shard", action="store_true", help="split the optimizer's moments over the processes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args()
+    return parser.parse_args(), vars(parser.parse_args([]))
 
 
 def main():
-    args = parse_flags()
+    args, defaults = parse_flags()
     size, patch = parse_name(args.model)
     if args.cache_latents and not (args.vae and args.image_size):
         raise UserError(f"--cache_latents {args.cache_latents}: needs --vae and --image_size, the side in pixels")
@@ -688,7 +694,7 @@ def main():
     out = pathlib.Path(args.out)
     if out.is_dir():  # a new folder is made and locked when there is something to write
         first_process(lambda: lock(out), rank, world)
-    state = resume(out / "teacher.pt", args, "teacher's", ("model", "ema", "optimizer"))
+    state = resume(out / "teacher.pt", args, defaults, "teacher's", ("model", "ema", "optimizer"))
     torch.set_float32_matmul_precision("high")
     say = print if rank == 0 else lambda *_: None
 
@@ -700,6 +706,8 @@ def main():
         if args.image_size % autoencoder.factor:
             raise UserError(f"--image_size {args.image_size}: not a multiple of {autoencoder.factor}, what the autoencoder {args.vae} reduces by")
         data = cache_latents(args.data, args.cache_latents, autoencoder, sha256, args.image_size, args.data_dir, device, rank, world, say)
+        if args.unconditional:
+            data = data._replace(labels=np.zeros_like(data.labels), num_classes=0)
     else:
         data = first_process(load, rank, world) or load()
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
@@ -712,7 +720,9 @@ def main():
     if data.latent and args.reference not in (None, "noise"):
         raise UserError(f"--reference {args.reference}: bridges between latents are not there yet; leave --cache_latents out")
     if args.reference not in (None, "noise"):
-        reference = load_reference(args.reference, data.images, args.data_dir, say)
+        def load():
+            return load_reference(args.reference, data.images, args.data_dir, say)
+        reference = first_process(load, rank, world) or load()
     sees_x1 = reference is not None
 
     # The network, its average and its optimizer.
@@ -726,8 +736,10 @@ def main():
               "model": args.model, "interpolant": args.interpolant, "prediction": prediction, "data": args.data}
     if data.latent:
         config["latent"] = {"autoencoder": data.latent["autoencoder"], "image_size": data.latent["image_size"]}
+    if bridge:
+        config["gamma_scale"] = args.gamma_scale
     if reference:
-        config.update(reference=reference.kind, reference_source=args.reference, gamma_scale=args.gamma_scale)
+        config.update(reference=reference.kind, reference_source=args.reference)
     if path.precondition and prediction != "data":
         raise UserError(f"--prediction {prediction}: {args.interpolant} is preconditioned, its networks predict data; leave it out")
     torch.manual_seed(args.seed)
@@ -827,7 +839,7 @@ def main():
         if step % args.log_every == 0 or step == args.iters:
             log.line(step)
         if step % args.sample_every == 0 or step == args.iters:
-            picture()
+            keep(picture, out / "samples.png", 0, False)
         if step % args.save_every == 0 or step == args.iters:
             failures = keep(save, out / "teacher.pt", failures, step == args.iters)
         if stop() and step < args.iters:

@@ -308,6 +308,41 @@ def test_every_reference_trains_distills_and_restores(script, references, images
         assert code == 0 and "PSNR" in out and Image.open("o.png").size[0] > 12 * 8, err
 
 
+def test_an_unconditional_bridge_with_labelled_data_and_another_gamma(script, references, images, tmp_path):
+    teacher = trained(script, images, "lowres4", tmp_path, "--unconditional", "--gamma_scale", 0.03)
+    code, out, err = script("distill", "--teacher_ckpt", teacher, *SMALL[2:], "--iters", 1, "--out", tmp_path)
+    assert code == 0, err
+    flags = json.loads((tmp_path / "distill.json").read_text())
+    assert 0.85 < flags["t_init"] < 0.87 and flags["t_min"] == pytest.approx(0.001, abs=1e-4)  # whatever the scale
+    np.savez("both.npz", x1=255 - references, x_train=references, y_train=np.arange(40) % 4)
+    for name, key in (("both.npz", "x1"), ("new.npz", "x_train")):
+        np.savez("new.npz", x_train=255 - references)
+        assert script("sample", "--ckpt", teacher, "--reference", name, "--steps", 2, "--out", f"{key}.npz", "--device", "cpu")[0] == 0
+    np.testing.assert_array_equal(np.load("x1.npz")["arr_0"], np.load("x_train.npz")["arr_0"])  # a pair's x1 is what is restored
+    trained(script, images, "noise", tmp_path / "noise", "--gamma_scale", 2)
+    assert load_checkpoint(tmp_path / "noise" / "teacher.pt")["config"]["gamma_scale"] == 2
+
+
+def test_folders_are_written_twice(script, references, images, tmp_path):
+    """The same command again overwrites its own images, however many the reference has."""
+    teacher = trained(script, images, "lowres4", tmp_path)
+    np.savez("many.npz", images=np.concatenate([references, references]))
+    for _ in range(2):
+        code, _, err = script("sample", "--ckpt", teacher, "--reference", "many.npz", "--steps", 1, "--out", "folder", "--device", "cpu")
+        assert code == 0, err
+
+
+def test_two_processes_read_a_folder_as_reference(references, images, tmp_path):
+    """Decoded by the first process, found by the second."""
+    pathlib.Path("ref").mkdir()
+    for i in range(20):
+        Image.fromarray(references[i]).convert("RGB").save(f"ref/{i}.png")
+    np.savez("rgb.npz", x_train=np.repeat(references[..., None], 3, -1))
+    done = torchrun(2, "train_teacher.py", "--data", tmp_path / "rgb.npz", *SMALL, *BRIDGED, "--reference", tmp_path / "ref", "--iters", 2,
+                    "--data_dir", tmp_path / "d", "--out", tmp_path / "out")
+    assert "wrote" in done.stdout
+
+
 def test_files_and_folders_are_restored(script, references, images, tmp_path):
     teacher = trained(script, images, "lowres4", tmp_path)
     pathlib.Path("in").mkdir()

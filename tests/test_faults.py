@@ -1,6 +1,5 @@
 """Things break on purpose: what was learnt must be kept, and what went wrong must be said in one line."""
 import os
-import pathlib
 import signal
 import subprocess
 import sys

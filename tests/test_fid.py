@@ -441,9 +441,34 @@ def test_refused_inputs(refused, quick, small_teacher, monkeypatch):
 
 def test_statistics_made_otherwise_are_refused(script, refused, quick):
     assert script("fid", "a.npz", *quick, "--save_stats", "s.npz")[0] == 0
-    refused("fid", "b.npz", "s.npz", *quick, "--resize", "torch", says=("--resize torch", "--resize tf1"))
+    refused("fid", "b.npz", "s.npz", *quick, "--resize", "torch", says=("--resize: this run used torch", "s.npz used tf1"))
     pathlib.Path("v.pth").write_bytes(b"others")
-    refused("fid", "b.npz", "s.npz", "--weights", "v.pth", "--device", "cpu", says="other Inception weights")
+    refused("fid", "b.npz", "s.npz", "--weights", "v.pth", "--device", "cpu", says=("Inception weights: this run", "cannot be compared"))
+    assert script("fid", "b.npz", "--weights", "v.pth", "--device", "cpu", "--save_stats", "v.npz")[0] == 0
+    refused("fid", "v.npz", "s.npz", "--device", "cpu", says=("v.npz used", "s.npz used"))  # two files, no pass
+    mu, sigma = (np.load("s.npz")[name] for name in ("mu", "sigma"))
+    np.savez("plain.npz", mu=mu, sigma=sigma)  # nothing is known of it, and nothing is claimed when it is kept again
+    assert script("fid", "plain.npz", "--save_stats", "kept.npz", "--resize", "torch", "--device", "cpu")[0] == 0
+    assert json.loads(str(np.load("kept.npz")["record"]))["resize"] is None
+    assert script("fid", "b.npz", "kept.npz", *quick)[0] == 0
+    assert script("fid", "s.npz", "--save_stats", "again.npz", "--resize", "torch", "--device", "cpu")[0] == 0
+    assert json.loads(str(np.load("again.npz")["record"]))["resize"] == "tf1"
+    assert script("fid", "a.npz", *quick, "--metrics", "sfid", "--save_stats", "sf.npz")[0] == 0
+    assert script("fid", "b.npz", "sf.npz", *quick, "--metrics", "sfid")[0] == 0
+
+
+def test_damaged_images_and_features_that_are_not_finite(refused, quick, monkeypatch):
+    content = bytearray(pathlib.Path("a.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    pathlib.Path("flipped.npz").write_bytes(content)
+    refused("fid", "flipped.npz", "b.npz", *quick, says=("flipped.npz", "damaged"))
+    header = bytes(pathlib.Path("a.npz").read_bytes()).replace(b"(40, 9, 9, 3)", b"(99, 9, 9, 3)")
+    pathlib.Path("more.npz").write_bytes(header)
+    refused("fid", "more.npz", "b.npz", *quick, says="more.npz")
+    np.savez("record.npz", mu=np.zeros(12), sigma=np.eye(12), record=json.dumps([1]), n=np.array([3, 4]))
+    monkeypatch.setattr(StandIn, "forward", lambda self, x: (x.mean((2, 3)).repeat(1, 4) * np.nan, x[:, :2, 0, :3].flatten(1), x[:, 0, 0, :1].expand(-1, 1008) * np.nan))
+    for metric in ("fid", "is"):
+        refused("fid", "a.npz", "record.npz", *quick, "--metrics", metric, says="not finite")
 
 
 def test_weights_that_are_not(refused, inception, tmp_path, monkeypatch):
