@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import check_log_snr, convert, family, interpolate, loss_weight, prediction_scale, time_of_noise_ratio
-from model import UserError, build_model, ema_update, fingerprint, frozen_copy, guided, load_weights, save_checkpoint
+from model import UserError, build_model, checksum, ema_update, frozen_copy, guided, load_weights, save_checkpoint
 from sample import (Parser, check_interval, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
                     path_of, save_picture, start_processes, step_input, to_device, to_uint8)
 from train_teacher import (Log, StopSignal, check_batch, count_skipped, draw_noise, gather_optimizer, keep, learning_rate, load_images,
@@ -77,7 +77,7 @@ def real_critic_loss(path, prediction, teacher, critic, fake, real, units, a, b,
         - E_student[ -a |D|^2 + 2 a <D, v*> - 2 b <D, I'> ] - E_data[ -(1-a) |D|^2 + 2 (1-a) <D, v*> - 2 (1-b) <D, I'> ]
 
     in `units`, weighted so that a = b = 1 has the gradient of regression_loss. fake, real: (x0, x1, z, t, y) of the student's samples and
-    of the data. The student's half is generator_loss; kappa is there to be 1, as in the gap."""
+    of the data. The student's half is generator_loss, exact for kappa = 1."""
     loss = 0
     for (x0, x1, z, t, y), p, q in ((fake, a, b), (real, 1 - a, 1 - b)):
         given, seen = ((x1,), x1) if sees_x1 else ((), None)
@@ -125,9 +125,8 @@ def check_objective(path, grad, units, sees_x1=False):
 def check_real(args, config):
     """Raise UserError where real data are asked for and missing, or where their loss has no meaning."""
     kind = config.get("reference")
-    for flag in ("data", "reference") if kind else ("reference",):
-        if not kind and getattr(args, flag) is not None:
-            raise UserError(f"--{flag} {getattr(args, flag)}: the teacher starts from noise, not from a reference; leave it out")
+    if not kind and args.reference is not None:
+        raise UserError(f"--reference {args.reference}: the teacher starts from noise, not from a reference; leave it out")
     if kind == "unpaired" and args.units == "velocity":
         raise UserError(f"--units velocity: an unpaired bridge knows no velocity; use --units data (--objective {args.objective} --units data)")
     changed = [flag for flag, value in (("real_alpha", args.real_alpha), ("real_beta", args.real_beta)) if value < 1]
@@ -264,9 +263,11 @@ def main():
             side = None if config.get("latent") else config["network"]["image_size"]
             return load_images(args.data, args.data_dir, side, args.seed, say=say)
         data = first_process(load, rank, world) or load()
-        if data.channels != teacher.channels or data.side != config["network"]["image_size"] or (teacher.num_classes and data.num_classes not in (0, teacher.num_classes)):
+        if (data.channels != teacher.channels or data.side != config["network"]["image_size"]
+                or (teacher.num_classes and data.num_classes not in (0, teacher.num_classes))):
             raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, the teacher has "
                             f"{config['network']['image_size']}x{config['network']['image_size']}x{teacher.channels} and {teacher.num_classes}")
+
         def load_ref():
             return load_reference(args.reference, data.images, args.data_dir, say)
         reference = (first_process(load_ref, rank, world) or load_ref()) if kind else None
@@ -274,7 +275,7 @@ def main():
             raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
         if reference and reference.kind != kind:
             raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
-    teacher_id = fingerprint(teacher)
+    teacher_id = checksum(teacher.state_dict())
     if state and state["teacher"] != teacher_id:
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is not the teacher that {out / 'resume.pt'} was made with; choose "
                         "another --out, or start over with --fresh")

@@ -10,6 +10,7 @@ set's name or a checkpoint. Metrics go to stdout, one a line; progress goes to s
 """
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 
 from model import UserError, download, file_sha256, load_checkpoint
 from sample import (DIFFUSIONS, IMAGE_SUFFIXES, SOLVERS, Parser, check_interval, check_steps, check_writable, choose_labels, command,
-                    decoder, default_solver, first_process, generate, load_named, minutes, number, one_of, read_image, save_file,
+                    decoder, default_solver, first_process, generate, image_files, load_named, minutes, number, one_of, read_image, save_file,
                     start_processes, student_times)
 from train_teacher import IDX_FILES, load_images
 
@@ -192,6 +193,7 @@ def find_weights(given, data_dir):
     return path, sha256
 
 
+@functools.lru_cache(8)  # every batch of one size needs the same
 def tf1_matrix(n):
     """(299,n) float32: TensorFlow 1's bilinear resize along one side, whose sample i sits at i n / 299 (no half pixels)."""
     position = torch.arange(SIDE, dtype=torch.float32) * (n / SIDE)
@@ -307,9 +309,7 @@ def open_npz(label, path):
 
 
 def open_folder(label, folder, size):
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-    if not files:
-        raise UserError(f"{label}: no images in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    files = image_files(label, folder)
 
     def read_one(file):
         try:

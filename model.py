@@ -406,14 +406,6 @@ def load_weights(net, state, path):
         raise UserError(f"{path}: its weights do not fit its configuration ({reason})") from None
 
 
-def fingerprint(net):
-    """sha256 of the weights: tells whether two files hold the same network."""
-    digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def build_model(config):
     """config["network"] holds the arguments of SiT."""
     return SiT(**config["network"])

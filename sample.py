@@ -170,6 +170,14 @@ def generator(*key, device="cpu"):
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+def image_files(label, folder):
+    """Every image below the folder, in order. Raises UserError, which begins with label, where there is none."""
+    files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    if not files:
+        raise UserError(f"{label}: no images in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
 IMAGE_NAMES = (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))  # pairs of images and labels inside an .npz
 REFERENCE_NAMES = (("x1", "y1"), *IMAGE_NAMES)
 
@@ -229,11 +237,10 @@ def read_images(flag, path, side, channels):
         if images.shape[1:] != (side, side, channels):
             raise UserError(f"{flag} {path}: images of shape {images.shape[1:]}, the checkpoint works on {(side, side, channels)}")
         return images, labels
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-    if not files:
-        raise UserError(f"{flag} {path}: " + ("no images in this folder" if path.is_dir() else "no such file or folder"))
+    if not path.exists():
+        raise UserError(f"{flag} {path}: no such file or folder")
     images = []
-    for file in files:
+    for file in [path] if path.is_file() else image_files(f"{flag} {path}", path):
         try:
             image = read_image(file)
         except (OSError, ValueError) as error:

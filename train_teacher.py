@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from interpolants import FAMILIES, PREDICTIONS, family, interpolate, loss_weight, preconditioning, target
 from model import (LATENT_SCALE, UserError, build_model, download, ema_update, frozen_copy, load_autoencoder, load_checkpoint,
                    load_weights, parse_name, save_checkpoint)
-from sample import (DEGRADATIONS, IMAGE_SUFFIXES, REFERENCE_NAMES, Parser, check_autoencoder, check_degradation, check_writable, choose_labels, command, degrade,
-                    enlarge, first_process, generate, generator, grid, minutes, number, one_of, read_image, read_npz, save_picture,
+from sample import (DEGRADATIONS, REFERENCE_NAMES, Parser, check_autoencoder, check_degradation, check_writable, choose_labels, command, degrade,
+                    enlarge, first_process, generate, generator, grid, image_files, minutes, number, one_of, read_image, read_npz, save_picture,
                     start_processes, to_device)
 
 
@@ -133,9 +133,7 @@ def read_cifar10(data_dir):
 def list_folder(folder):
     """-> files in order, labels (N,) int64 or None, names of the classes: the subfolders, or none for a flat folder."""
     folder = pathlib.Path(folder)
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-    if not files:
-        raise UserError(f"--data {folder}: no images in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    files = image_files(f"--data {folder}", folder)
     classes = sorted({f.relative_to(folder).parts[0] for f in files if f.parent != folder})
     if classes and any(f.parent == folder for f in files):
         raise UserError(f"--data {folder}: holds images beside class subfolders; use either")
