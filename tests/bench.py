@@ -38,9 +38,9 @@ import distill  # noqa: E402
 import fid  # noqa: E402
 from distill import OBJECTIVES, generator_loss  # noqa: E402
 from interpolants import FAMILIES  # noqa: E402
-from model import SIZES, SiT, build_model, ema_update, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
+from model import SIZES, Autoencoder, SiT, build_model, ema_update, frozen_copy, guided, parse_name, save_checkpoint  # noqa: E402
 from sample import degrade, generate, one_step, start_noise, start_processes, to_device  # noqa: E402
-from train_teacher import draw_digits, make_optimizer, optimizer_step, peak_memory, precision, regression_loss  # noqa: E402
+from train_teacher import CHUNK, draw_digits, make_optimizer, optimizer_step, peak_memory, precision, regression_loss  # noqa: E402
 
 PATH = FAMILIES["linear"]
 
@@ -398,7 +398,16 @@ def plan(args):
         inputs = torch.empty(1, args.channels, args.side, args.side), torch.empty(1), torch.empty(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             net(*inputs)
+        autoencoder = Autoencoder(latents=args.channels)
+        with FlopCounterMode(display=False) as encoding:
+            autoencoder.encode(torch.empty(1, 3, autoencoder.factor * args.side, autoencoder.factor * args.side))
+        with FlopCounterMode(display=False) as decoding:
+            autoencoder.decode(inputs[0])
     weights, forward = sum(p.numel() for p in net.parameters()), counter.get_total_flops()
+    encode, decode = (c.get_total_flops() / forward for c in (encoding, decoding))  # in units of a forward pass of the network
+    converter = sum(p.numel() for p in autoencoder.parameters())
+    # Its widest level at full size: input, hidden layer and output of a block, in float32.
+    level = 3 * 4 * 128 * (autoencoder.factor * args.side) ** 2
     width, depth, _ = SIZES[size]
     tokens = (args.side // patch) ** 2
     # Bytes kept for a backward pass in bf16, for each token and channel: 34 a block without attention's matrix (arXiv:2205.05198,
@@ -410,15 +419,19 @@ def plan(args):
     # name, images in all, forward units an image, networks in memory with moments, frozen ones, images a GPU at a time
     guided_units = 2 if args.cfg_scale not in (0, 1) else 1
     distill_units = (1 + 2) + args.k_psi * (1 + 2) + (args.k_psi - 1) + guided_units + 1
-    rows = [("teacher", args.teacher_iters * args.teacher_batch, 3, 1, 1, args.teacher_batch / args.gpus),
+    rows = [(f"latents of {args.data_images:,} images and mirrors", args.data_images, 2 * encode, 0, 0, CHUNK),
+            ("teacher", args.teacher_iters * args.teacher_batch, 3, 1, 1, args.teacher_batch / args.gpus),
             (f"distillation (cross, k_psi {args.k_psi})", args.iters * args.batch, distill_units, 2, 2, args.batch / args.gpus),
-            ("50,000 teacher samples, 250 steps", 50000, 250 * guided_units, 0, 1, 50), ("50,000 student samples", 50000, 1, 0, 1, 50)]
-    print(f"{'stage':38}{'units':>7}{'hours':>9}{'GiB a GPU':>11}{'--shard':>9}{'--grad_checkpoint':>19}")
+            ("50,000 teacher samples, 250 steps", 50000, 250 * guided_units + decode, 0, 1, 8), ("50,000 student samples", 50000, 1 + decode, 0, 1, 8)]
+    print(f"{'stage':45}{'units':>7}{'hours':>9}{'GiB a GPU':>11}{'--shard':>9}{'--grad_checkpoint':>19}")
     for name, images, units, trained, frozen, per_gpu in rows:
         fixed = 4 * weights * (4 * trained + frozen)  # weights, gradients and two moments in float32; frozen: weights
         shard = fixed - 8 * weights * trained * (1 - 1 / args.gpus)
-        held = per_gpu if trained else 0
-        print(f"{name:38}{units:7d}{images * units * forward / rate / 3600:9.1f}{(fixed + kept * held) / 2 ** 30:11.1f}"
+        if not trained:  # the autoencoder works here, on so many images at a time
+            print(f"{name:45}{units:7.1f}{images * units * forward / rate / 3600:9.1f}{(fixed + 4 * converter + level * per_gpu) / 2 ** 30:11.1f}")
+            continue
+        held = per_gpu
+        print(f"{name:45}{units:7.1f}{images * units * forward / rate / 3600:9.1f}{(fixed + kept * held) / 2 ** 30:11.1f}"
               f"{(shard + kept * held) / 2 ** 30:9.1f}{(fixed + recomputed * held) / 2 ** 30:19.1f}")
 
 
@@ -435,7 +448,8 @@ def main():
     parser.add_argument("--models", default="SiT-S/2,SiT-B/2,SiT-XL/2", help="networks of scale")
     group = parser.add_argument_group("plan (with --model SiT-XL/2 --side 32 --channels 4 --batch 128)")
     for name, kind, default in (("gpus", int, 8), ("tflops", float, 800.0), ("mfu", float, 0.4), ("classes", int, 1000), ("cfg_scale", float, 4.0),
-                                ("k_psi", int, 5), ("iters", int, 200000), ("teacher_iters", int, 400000), ("teacher_batch", int, 256)):
+                                ("k_psi", int, 5), ("iters", int, 200000), ("teacher_iters", int, 400000), ("teacher_batch", int, 256),
+                                ("data_images", int, 1281167)):
         group.add_argument(f"--{name}", type=kind, default=default)
     args = parser.parse_args()
     {"iteration": iteration, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic, "blocks": blocks, "plan": plan, "scale": scale}[args.what](args)
