@@ -20,7 +20,7 @@ from interpolants import check_log_snr, convert, family, interpolate, loss_weigh
 from model import UserError, build_model, checksum, ema_update, frozen_copy, guided, load_weights, save_checkpoint
 from sample import (Parser, check_interval, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
                     path_of, save_picture, start_processes, step_input, to_device, to_uint8)
-from train_teacher import (Log, StopSignal, check_batch, count_skipped, draw_noise, gather_optimizer, keep, learning_rate, load_images,
+from train_teacher import (Log, StopSignal, check_batch, check_same_data, count_skipped, draw_noise, gather_optimizer, keep, learning_rate, load_images,
                            load_reference, lock, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
 
 # An objective is a row: what it sets for the knobs that the command line leaves unset. kappa means nothing under `stop`.
@@ -202,6 +202,7 @@ def parse_flags():
     add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third more time")
     add("--shard", action="store_true", help="split the optimizers' moments over the processes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--timeout", type=number(float, 1), default=600, help="seconds after which a process gives up on another that hangs")
     args, defaults = parser.parse_args(), vars(parser.parse_args([]))
     for knob, value in OBJECTIVES[args.objective].items():
         if getattr(args, knob) is None:
@@ -212,7 +213,7 @@ def parse_flags():
 
 def main():
     args, defaults = parse_flags()
-    rank, world, device = start_processes(args.device)
+    rank, world, device = start_processes(args.device, args.timeout)
     check_batch(args.batch, world)
     out = pathlib.Path(args.out)
     if out.is_dir():  # a new folder is made and locked when there is something to write
@@ -256,7 +257,7 @@ def main():
     # Real data: what bridges start from, and what RealUID and the discriminator learn from.
     args.data = args.data or (config["data"] if kind else None)
     args.reference = args.reference or (config["reference_source"] if kind else None)
-    state = resume(out / "resume.pt", args, defaults, "distillation", ("student", "critic", "averages", "optimizers", "teacher"))
+    state = resume(out / "resume.pt", args, defaults, "distillation", ("student", "critic", "averages", "optimizers", "teacher"), say)
     data, reference = None, None
     if args.data:
         def load():
@@ -267,6 +268,8 @@ def main():
                 or (teacher.num_classes and data.num_classes not in (0, teacher.num_classes))):
             raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, the teacher has "
                             f"{config['network']['image_size']}x{config['network']['image_size']}x{teacher.channels} and {teacher.num_classes}")
+
+        check_same_data(state, data, out / "resume.pt", args.data)
 
         def load_ref():
             return load_reference(args.reference, data.images, args.data_dir, say)
@@ -404,7 +407,8 @@ def main():
         save_checkpoint(out / "resume.pt", {"flags": vars(args), "step": step, "teacher": teacher_id, "student": student.state_dict(),
                                             "critic": critic.state_dict(), "averages": [net.state_dict() for net in averages],
                                             "optimizers": moments,
-                                            "head": head.state_dict() if head else None})
+                                            "head": head.state_dict() if head else None,
+                                            "data": data.fingerprint() if data else None})
         if step % args.save_every == 0:
             save_checkpoint(out / f"student_one_step_{step:07d}.pth", result())
 
@@ -483,6 +487,7 @@ def main():
             finite = finite & stepped
         step += 1
         skipped = count_skipped(skipped, finite)
+        log.add(skipped=skipped > 0)
         if (isinstance(skipped, int) or step % args.log_every == 0) and skipped >= 10:
             raise UserError(f"iteration {step}: losses or gradients were not finite 10 times in a row; lower --lr. The last good "
                             "checkpoint is untouched")

@@ -5,7 +5,7 @@
     python fid.py mnist --save_stats mnist_stats.npz            # once; later: python fid.py FOLDER mnist_stats.npz
     torchrun --nproc_per_node=8 fid.py out/student.pt cifar10 --samples 50000
 
-SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0 or images), an .npz of statistics (mu, sigma), a data
+SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0, images or x_train), an .npz of statistics (mu, sigma), a data
 set's name or a checkpoint. Metrics go to stdout, one a line; progress goes to stderr.
 """
 import collections
@@ -279,7 +279,7 @@ def open_npz(label, path):
     try:
         archive = zipfile.ZipFile(path)
         names = {name.removesuffix(".npy") for name in archive.namelist()}
-        images = next((NpzImages(archive, f"{name}.npy", label) for name in ("arr_0", "images") if name in names), None)
+        images = next((NpzImages(archive, f"{name}.npy", label) for name in ("arr_0", "images", "x_train") if name in names), None)
         statistics, record = {}, {}
         with np.load(path, allow_pickle=False) as npz:
             for name in {"mu", "sigma", "mu_s", "sigma_s"} & names:
@@ -293,7 +293,7 @@ def open_npz(label, path):
         reason = "holds Python objects, refused" if "allow_pickle" in str(error) else "not a readable .npz file, or cut off"
         raise UserError(f"{label}: {reason}") from None
     if not images and not any(set(pair) <= statistics.keys() for pair in STORED.values()):
-        raise UserError(f"{label}: neither images (arr_0 or images) nor statistics (mu and sigma, mu_s and sigma_s) inside, found "
+        raise UserError(f"{label}: neither images (arr_0, images or x_train) nor statistics (mu and sigma, mu_s and sigma_s) inside, found "
                         f"{', '.join(sorted(names)) or 'nothing'}")
     for mean, covariance, width in (("mu", "sigma", POOL), ("mu_s", "sigma_s", SPATIAL)):
         if mean in statistics or covariance in statistics:

@@ -289,8 +289,21 @@ def checksum(content):
     return digest.hexdigest()
 
 
+def not_finite(content, name=""):
+    """The name of the first tensor in a nested dict or list that holds a NaN or an infinity, None where there is none."""
+    if torch.is_tensor(content):
+        return None if not content.is_floating_point() or bool(content.isfinite().all()) else name
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    return next(filter(None, (not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in items)), None)
+
+
 def save_checkpoint(path, content):
-    """Write beside the target, flush to disk, then replace: the last good file is whole until the new one is. A checksum goes with it."""
+    """Write beside the target, flush to disk, then replace: the last good file is whole until the new one is. A checksum goes with it.
+    Raises UserError, with nothing written, if a number is not finite."""
+    sick = not_finite(content)
+    if sick:
+        raise UserError(f"iteration {content.get('step')}: {sick} is not finite; {path} is untouched: run the same command again, with a lower --lr "
+                        "if this comes back")
     path, content = pathlib.Path(path), {**content, "checksum": checksum(content)}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)

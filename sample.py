@@ -50,11 +50,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def command(main):
-    """Run a script's main(): a UserError becomes `file.py: error: ...` (once, from the first process) and exit code 2."""
+    """Run a script's main(): a UserError becomes `file.py: error: ...` (once, from the first process) and exit code 2, a lost
+    process the same with exit code 1, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a name of another alphabet must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another still talks
+        wait_for_all()  # nobody leaves while another still talks
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0 or not error.everywhere:
             print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -65,7 +68,15 @@ def command(main):
         place = "" if error.filename is None else f"{error.filename}: "
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {place}{error.strerror}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        sys.stdout.flush()
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: process {os.environ.get('RANK')}: another process has ended or hangs "
+              f"({str(error).splitlines()[0]}); nothing that was saved is lost, the same command goes on from it", file=sys.stderr, flush=True)
+        os._exit(1)  # taking leave of the others would wait for them
     except KeyboardInterrupt:
+        print(f"{pathlib.Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -121,8 +132,9 @@ def one_of(table):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, devices and random numbers
 
-def start_processes(device="auto"):
-    """-> rank, world size, device. Plain python is one process without a group; torchrun's variables make a group."""
+def start_processes(device="auto", timeout=86400):
+    """-> rank, world size, device. Plain python is one process without a group; torchrun's variables make a group, in which a process
+    gives up on another after timeout seconds."""
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"--device {device}: choose from auto, cpu, cuda, mps")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -137,10 +149,23 @@ def start_processes(device="auto"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         kind = f"cuda:{torch.cuda.current_device()}"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        store = None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps one store through its restarts, with the addresses of the dead in it: each attempt gets names of its own
+            # (github.com/pytorch/pytorch/issues/135712).
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         # Both back ends on CUDA: small facts (stop now?) travel by gloo without waiting for the card.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo",
-                                timeout=datetime.timedelta(hours=3))  # the first process may have a large folder to decode
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=timeout),
+                                store=store, rank=rank, world_size=world)
+        start_processes.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     return rank, world, torch.device(kind)
+
+
+def wait_for_all():
+    """Where one process may work for hours while the others wait."""
+    if dist.is_initialized():
+        dist.barrier(start_processes.patient)
 
 
 def first_process(action, rank, world):
@@ -152,7 +177,7 @@ def first_process(action, rank, world):
         except UserError as error:
             problem = [error]
     if world > 1:
-        dist.broadcast_object_list(problem)
+        dist.broadcast_object_list(problem, group=start_processes.patient)  # a large folder takes long to decode
     if problem[0]:
         raise problem[0]
     return result

@@ -12,6 +12,7 @@ import functools
 import gzip
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -29,11 +30,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import FAMILIES, PREDICTIONS, family, interpolate, loss_weight, preconditioning, target
-from model import (LATENT_SCALE, UserError, build_model, download, ema_update, frozen_copy, load_autoencoder, load_checkpoint,
+from model import (LATENT_SCALE, UserError, build_model, checksum, download, ema_update, frozen_copy, load_autoencoder, load_checkpoint,
                    load_weights, parse_name, save_checkpoint)
 from sample import (DEGRADATIONS, REFERENCE_NAMES, Parser, check_autoencoder, check_degradation, check_writable, choose_labels, command, degrade,
                     enlarge, first_process, generate, generator, grid, image_files, minutes, number, one_of, read_image, read_npz, save_picture,
-                    start_processes, to_device)
+                    start_processes, to_device, wait_for_all)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +55,11 @@ class Images(NamedTuple):
     @property
     def channels(self):
         return self.images.shape[3]
+
+    def fingerprint(self):
+        """Tells data sets apart: sizes, labels, and 64 images spread evenly."""
+        rows = np.linspace(0, len(self.images) - 1, 64).astype(np.int64)
+        return checksum([list(self.images.shape), self.num_classes, torch.as_tensor(self.labels), torch.as_tensor(self.images[rows])])
 
     def x0(self, rows, chosen, part, device, *key):
         """What networks see, (b,C,H,W) float32 on the device, of rows = images[chosen[part]]. Latents draw mirror and posterior anew
@@ -250,8 +256,7 @@ def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, de
                 shown = time.time()
                 say(f"encoding {(turn + 1) * CHUNK * world}/{n}, time left {minutes((shown - began) / (turn + 1) * (len(todo) - turn - 1))}")
     done.flush()
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
 
     def finish():
         if not np.lib.format.open_memmap(directory / "done.npy", "r").all():
@@ -454,20 +459,24 @@ def count_skipped(skipped, stepped):
 # The run: stopping, logging, resuming
 
 class StopSignal:
-    """SIGTERM and Ctrl-C finish the iteration at hand; a second Ctrl-C ends at once. All processes stop at the same iteration."""
+    """SIGTERM and Ctrl-C finish the iteration at hand; another Ctrl-C two seconds later or more ends at once (torchrun passes the first one
+    on a second time). All processes stop at the same iteration."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since, self.launcher = 0, 0.0, os.getppid()
         signal.signal(signal.SIGTERM, self.catch)
         signal.signal(signal.SIGINT, self.catch)
 
     def catch(self, signum, _):
-        if self.number and signum == signal.SIGINT:
+        if self.number and signum == signal.SIGINT and time.monotonic() - self.since > 2:
             sys.exit(130)
-        self.number = signum
+        if not self.number:
+            self.number, self.since = signum, time.monotonic()
 
     def __call__(self):
         if dist.is_initialized():
+            if os.getppid() != self.launcher:  # torchrun itself is gone: nobody else would ever stop this process
+                self.number = self.number or signal.SIGTERM
             flag = torch.tensor(self.number)  # on the CPU: travels by gloo
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             if not int(flag):
@@ -487,21 +496,19 @@ def lock(out):
     """Keep a second run out of the folder for as long as this process lives: the lock is the system's, so none is left by a crash.
     Raises UserError naming the process that holds it."""
     check_writable("--out", out)
-    if lock.held:
-        lock.held.close()
-    lock.held = file = open(pathlib.Path(out, "lock"), "a+")
+    if lock.held is not None:
+        os.close(lock.held)
+    lock.held = os.open(pathlib.Path(out, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         return
     except OSError:
-        file.seek(0)
-        raise UserError(f"--out {out}: another run is writing there ({file.read().strip() or 'process unknown'}); wait for it, stop it, or "
-                        "choose another folder") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+        raise UserError(f"--out {out}: another run is writing there ({os.read(lock.held, 200).decode(errors='replace').strip() or 'process unknown'}); "
+                        "wait for it, stop it, or choose another folder") from None
+    os.ftruncate(lock.held, 0)
+    os.write(lock.held, f"process {os.getpid()} on {platform.node()}\n".encode())
 
 
 lock.held = None
@@ -568,13 +575,15 @@ class Log:
                   "memory_mib": peak_memory(self.device), "seconds": now - self.began}
         self.last_step, self.last_time, self.sums = step, now, {}
         if self.rank == 0:
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("job", "step", "seconds", "images_per_second",
-                                                                                "memory_mib"))
+            hidden = {"job", "step", "seconds", "images_per_second", "memory_mib"} | ({"skipped"} if not record.get("skipped") else set())
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in hidden)
             print(f"{self.job} {step}/{self.iters} ({100 * step / self.iters:.0f}%)  {shown}  {rate:.0f} img/s  "
                   f"{record['memory_mib']:.0f} MiB  {minutes(left)} left", flush=True)
+
             def append():
+                plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON has no NaN
                 with open(self.file, "a") as f:
-                    f.write(json.dumps(record) + "\n")
+                    f.write(json.dumps(plain) + "\n")
             keep(append, self.file, 0, False)
         return record
 
@@ -590,26 +599,37 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-# Flags that may differ between a run and its continuation: they do not change what is learnt.
-FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir", "skip_broken", "vae", "grad_checkpoint", "shard"}
+# Flags that may differ between a run and its continuation: those that do not change what is learnt, and those that may be tuned on the way.
+FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir", "skip_broken", "vae", "grad_checkpoint", "shard",
+              "timeout"}
+TUNED_FLAGS = {"lr", "critic_lr", "gan_lr", "warmup", "decay_from", "weight_decay", "clip"}
 
 
-def resume(path, args, defaults, name, needs):
-    """The checkpoint at path if it continues this command, None if there is none. Raises UserError when a flag differs; one that the
-    checkpoint does not know had its default. needs: the keys that such a checkpoint must have."""
+def resume(path, args, defaults, name, needs, say=print):
+    """The checkpoint at path if it continues this command, None if there is none. Raises UserError when a flag differs that would mix two
+    runs into one; one that the checkpoint does not know had its default. needs: the keys that such a checkpoint must have."""
     if args.fresh or not pathlib.Path(path).exists():
         return None
     state = load_checkpoint(path)
     if not {"flags", "step", *needs} <= state.keys():
         raise UserError(f"--out {args.out}: {path} is no {name} run; choose another --out, or start over with --fresh")
-    for flag, was in {**defaults, **state["flags"]}.items():
-        now = getattr(args, flag, None)
-        if flag not in FREE_FLAGS and now != was:
-            raise UserError(f"--{flag} {now}: {path} was made with --{flag} {was}; repeat its flags, choose another --out, or "
-                            "start over with --fresh")
+    changed = {flag: (getattr(args, flag, None), was) for flag, was in {**defaults, **state["flags"]}.items()
+               if flag not in FREE_FLAGS and getattr(args, flag, None) != was}
+    mixed = [f"--{flag} {now}: {path} was made with --{flag} {was}" for flag, (now, was) in changed.items() if flag not in TUNED_FLAGS]
+    if mixed:
+        also = ", ".join(line.split(":")[0] for line in mixed[1:])
+        raise UserError(mixed[0] + (f" (other too: {also})" if also else "") + "; repeat its flags, choose another --out, or start over with --fresh")
     if state["step"] > args.iters:
         raise UserError(f"--iters {args.iters}: {path} is at iteration {state['step']} already")
+    for flag, (now, was) in changed.items():
+        say(f"note: --{flag} {now} from iteration {state['step']} on, {was} before")
     return state
+
+
+def check_same_data(state, data, path, flag):
+    """The checkpoint at path must have been made with these images."""
+    if state and state.get("data") not in (None, data.fingerprint()):
+        raise UserError(f"--data {flag}: these are not the images that {path} was made with; choose another --out, or start over with --fresh")
 
 
 def check_batch(batch, world, accum=1):
@@ -666,6 +686,7 @@ def parse_flags():
     add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third more time")
     add("--shard", action="store_true", help="split the optimizer's moments over the processes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--timeout", type=number(float, 1), default=600, help="seconds after which a process gives up on another that hangs")
     return parser.parse_args(), vars(parser.parse_args([]))
 
 
@@ -684,7 +705,7 @@ def main():
                                  ("antithetic", args.antithetic, False)):
         if value != default and not bridge:
             raise UserError(f"--{flag} {value}: is for bridges; leave it out or add --interpolant bridge")
-    rank, world, device = start_processes(args.device)
+    rank, world, device = start_processes(args.device, args.timeout)
     check_batch(args.batch, world, args.accum)
     if args.antithetic and args.batch % (2 * world * args.accum):
         raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
@@ -692,9 +713,9 @@ def main():
     out = pathlib.Path(args.out)
     if out.is_dir():  # a new folder is made and locked when there is something to write
         first_process(lambda: lock(out), rank, world)
-    state = resume(out / "teacher.pt", args, defaults, "teacher's", ("model", "ema", "optimizer"))
-    torch.set_float32_matmul_precision("high")
     say = print if rank == 0 else lambda *_: None
+    state = resume(out / "teacher.pt", args, defaults, "teacher's", ("model", "ema", "optimizer"), say)
+    torch.set_float32_matmul_precision("high")
 
     # Data. The first process downloads or decodes, the others find the result.
     def load():
@@ -709,6 +730,7 @@ def main():
     else:
         data = first_process(load, rank, world) or load()
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
+    check_same_data(state, data, out / "teacher.pt", args.data)
     side, channels = data.side, data.channels
     if side % patch:
         raise UserError(f"--model {args.model}: its patch does not divide the {side}x{side} images; add --image_size "
@@ -765,7 +787,7 @@ def main():
     def save():
         moments = gather_optimizer(optimizer, rank)
         if rank == 0:
-            save_checkpoint(out / "teacher.pt", {"config": config, "flags": vars(args), "step": step, "model": net.state_dict(),
+            save_checkpoint(out / "teacher.pt", {"config": config, "flags": vars(args), "step": step, "data": data.fingerprint(), "model": net.state_dict(),
                                                  "ema": ema.state_dict(), "optimizer": moments})
 
     def picture():
@@ -829,6 +851,7 @@ def main():
         log.add(grad_norm=norm)
         step += 1
         skipped = count_skipped(skipped, stepped)
+        log.add(skipped=skipped > 0)
         if (isinstance(skipped, int) or step % args.log_every == 0) and skipped >= 10:
             raise UserError(f"iteration {step}: the loss or its gradient was not finite 10 times in a row; lower --lr. The last "
                             "good checkpoint is untouched")

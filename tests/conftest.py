@@ -12,6 +12,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes each; run with -m slow, left out otherwise")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+    config.counts = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.counts:
+        terminalreporter.write_line(f"counted: {line}")
+
+
+@pytest.fixture
+def count(request):
+    """count("50 kills"): a line that pytest prints at its end, for the promises of the README."""
+    return request.config.counts.append
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """script("distill", "--iters", 2, ...) -> (exit code, stdout, stderr)."""

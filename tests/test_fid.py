@@ -249,7 +249,7 @@ def test_every_kind_of_source_gives_the_same_number(script, quick):
     features = [StandIn()(inception_input(torch.from_numpy(np.load(n)["arr_0"]).permute(0, 3, 1, 2), "tf1"))[0].double().numpy()
                 for n in ("a.npz", "b.npz")]
     expected = frechet(features[0].mean(0), np.cov(features[0].T), features[1].mean(0), np.cov(features[1].T))
-    assert first["fid"] == pytest.approx(expected, rel=1e-9)
+    assert first["fid"] == pytest.approx(expected, rel=1e-6)
     for i, image in enumerate(images):
         folder = pathlib.Path("folder", str(i // 20))
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,12 +262,12 @@ def test_every_kind_of_source_gives_the_same_number(script, quick):
     code, _, err = script("fid", "a.npz", "b.npz", *quick, "--save_stats", "b_stats.npz", "--metrics", "fid,sfid")
     assert code == 0 and set(np.load("b_stats.npz").files) == {"mu", "sigma", "mu_s", "sigma_s", "n", "record"}, err
     again, out = record(script, "a.npz", "b_stats.npz", *quick)
-    assert again["fid"] == pytest.approx(first["fid"], rel=1e-9) and again["reference"]["n"] == 40
+    assert again["fid"] == pytest.approx(first["fid"], rel=1e-6) and again["reference"]["n"] == 40
     assert again["reference"]["made"]["source"]["path"] == "b.npz"
     code, _, err = script("fid", "a.npz", *quick, "--save_stats", "a_stats.npz")
     assert code == 0, err
     again, _ = record(script, "a_stats.npz", "b_stats.npz", "--device", "cpu")  # no network needed
-    assert again["fid"] == pytest.approx(first["fid"], rel=1e-9) and again["weights"] is None
+    assert again["fid"] == pytest.approx(first["fid"], rel=1e-6) and again["weights"] is None
 
 
 def test_gray_images_and_mixed_sizes(script, quick):
@@ -320,7 +320,7 @@ def test_a_checkpoint_is_sampled_on_the_fly(script, quick, small_teacher, images
     code, _, err = script("sample", "--ckpt", small_teacher, *flags, "--device", "cpu", "--out", "s.npz")
     assert code == 0, err
     again, _ = record(script, "s.npz", "a.npz", *quick)
-    assert again["fid"] == pytest.approx(found["fid"], rel=1e-9) and again["samples"]["pixels_sha256"] == about["pixels_sha256"]
+    assert again["fid"] == pytest.approx(found["fid"], rel=1e-6) and again["samples"]["pixels_sha256"] == about["pixels_sha256"]
     found, _ = record(script, small_teacher, small_teacher, *quick, *flags)
     assert found["reference"]["seed"] == 6 and found["fid"] > 0
     found, _ = record(script, small_teacher, "digits", *quick, *flags)

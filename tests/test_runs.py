@@ -168,7 +168,7 @@ def test_resume_refuses_other_flags_and_fresh_starts_over(script, refused, train
     name, file, flags = trainers[job]
     script(name, *flags, "--iters", 2, "--out", tmp_path)
     before = (tmp_path / file).read_bytes()
-    refused(name, *flags, "--iters", 4, "--out", tmp_path, "--lr", 0.5, says=("--lr 0.5", "--fresh"))
+    refused(name, *flags, "--iters", 4, "--out", tmp_path, "--batch", 8, says=("--batch 8", "--fresh"))
     refused(name, *flags, "--iters", 1, "--out", tmp_path, says=("--iters 1", "iteration 2"))
     assert (tmp_path / file).read_bytes() == before
     code, stdout, _ = script(name, *flags, "--iters", 2, "--out", tmp_path, "--lr", 0.001, "--fresh")
