@@ -673,12 +673,12 @@ def fetch(url, part, size, by_hand):
     """Ask until part is complete -> whether it was put together from several answers. Faults that may pass are met with another attempt."""
     import requests
     import urllib3
-    failures, most = 0, part.stat().st_size if part.is_file() else 0
+    failures = most = 0
     while True:
         try:
             return ask(url, part, size) > 0
         except (ValueError, requests.TooManyRedirects) as error:  # among them what requests says to addresses and headers it cannot read
-            raise UserError(f"{url}: {' '.join(str(error).split())}; {by_hand}") from None
+            raise UserError(f"{url}: {error}; {by_hand}") from None
         except (ConnectionError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
             reason = str(error) if type(error) is ConnectionError else type(error).__name__
         reached = part.stat().st_size
