@@ -4,7 +4,9 @@ net(x_t, t, y, x1) takes x_t (B,C,H,W), t (B,) in [0, 1] with t = 0 data, labels
 built to see the reference of a bridge, and returns (B,C,H,W) in the prediction units named by its checkpoint's configuration. State-dict names are those of the released SiT and DiT weights.
 """
 import argparse
+import contextlib
 import copy
+import datetime
 import hashlib
 import json
 import math
@@ -12,7 +14,9 @@ import os
 import pathlib
 import pickle
 import re
+import sys
 import tempfile
+import time
 import warnings
 
 import torch
@@ -610,34 +614,157 @@ def load_autoencoder(path, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Downloads
 
+TIMEOUT = 30  # seconds without a byte after which a server has stalled
+PAUSES = (1, 2, 4, 8)  # seconds before the next attempt; one more attempt than pauses, counted anew whenever one got further
+REDIRECTS = 10
+PROGRESS = 5  # seconds between lines
+BLOCK = 1 << 14  # small: the block that a stall interrupts is lost
+
+
 def download(url, path, sha256, size=None):
     """Fetch url to path unless it is there already, through path.part, checked before it is renamed. -> path.
 
+    A transfer that breaks, stalls or was killed goes on where it stopped; of several processes one fetches and the others wait.
     Raises UserError with the place where a copy made by hand is looked for.
     """
     path = pathlib.Path(path)
-    if path.is_file():
-        check_file(path, sha256, size, f"; delete it and it is fetched again from {url}")
-        return path
-    import requests
-    by_hand = f"fetch it by other means and put it at {path.resolve()}"
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with requests.get(url, stream=True, timeout=30) as response, open(part, "wb") as f:
-            response.raise_for_status()
-            for block in response.iter_content(1 << 20):
-                f.write(block)
-    except requests.RequestException as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{url}: download failed ({type(error).__name__}): {by_hand}") from None
-    try:
-        check_file(part, sha256, size, f" from {url}, deleted; {by_hand}")
-    except UserError:
-        part.unlink()
-        raise
-    os.replace(part, path)
+    if not path.is_file():
+        part = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock_part(part):
+            try:
+                if not path.is_file():  # else the process that was waited for has brought it
+                    fetch_checked(url, part, sha256, size, f"fetch it by other means and put it at {path.resolve()}")
+                    os.replace(part, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    if not part.stat().st_size:
+                        part.unlink()
+    check_file(path, sha256, size, f"; delete it and it is fetched again from {url}")
     return path
+
+
+def lock_part(part):
+    """-> part, open and locked until it is closed. The lock is the system's, so none is left by a crash."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which could not rename a file that is open either
+        return contextlib.nullcontext()
+    said = False
+    while True:
+        file = open(part, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said:
+                said = True
+                note(f"{part.stem}: another process is fetching it, waiting for that")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # some network file systems have no locks
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                return file
+        file.close()  # it was renamed or deleted by the process that held it
+
+
+def fetch_checked(url, part, sha256, size, by_hand):
+    """url -> part, complete and right. One put together from several answers may mix two versions of the file: if it is wrong it is
+    fetched once more from its beginning."""
+    for last in (False, True):
+        pieced = fetch(url, part, size, by_hand)
+        try:
+            return check_file(part, sha256, size, f" from {url}, deleted; {by_hand}")
+        except UserError:
+            os.truncate(part, 0)  # and no more than that: the lock is on it
+            if last or not pieced:
+                raise
+        note(f"{part.stem}: the parts make no whole, starting over")
+
+
+def fetch(url, part, size, by_hand):
+    """Ask until part is complete -> whether it was put together from several answers. Faults that may pass are met with another attempt."""
+    import requests
+    import urllib3
+    failures = most = 0
+    while True:
+        try:
+            return ask(url, part, size) > 0
+        except (ValueError, requests.TooManyRedirects) as error:  # among them what requests says to addresses and headers it cannot read
+            raise UserError(f"{url}: {error}; {by_hand}") from None
+        except (ConnectionError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            reason = str(error) if type(error) is ConnectionError else type(error).__name__
+        reached = part.stat().st_size
+        failures, most = (1, reached) if reached > most else (failures + 1, most)
+        if failures > len(PAUSES):
+            kept = "what has arrived is kept and the same command goes on from there, or " if reached else ""
+            raise UserError(f"{url}: download failed ({reason}, {failures} attempts): {kept}{by_hand}")
+        note(f"{part.stem}: {reason}, next attempt in {PAUSES[failures - 1]} s")
+        time.sleep(PAUSES[failures - 1])
+
+
+def ask(url, part, size):
+    """One request for what part lacks -> how many bytes were kept of what was there. Raises ConnectionError or an error of the libraries
+    where another attempt may help, and ValueError where none would."""
+    import requests
+    with requests.Session() as session, open(part, "ab") as f:
+        session.max_redirects = REDIRECTS
+        kept = f.tell()
+        if size is not None and kept >= size:
+            return kept
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={kept}-"} if kept else {})}
+        with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            start, total = judge(response, size)
+            if start not in (0, kept):
+                f.truncate(0)
+                raise ConnectionError("cannot go on where it stopped, starting over")
+            f.truncate(start)
+            receive(response.raw, f, start, total, size, part.stem)
+    return start
+
+
+def judge(response, size):
+    """-> (where in the file the content of this answer begins, or None; length of the whole file in bytes, or None)."""
+    code = response.status_code
+    if code >= 500 or code == 429:
+        raise ConnectionError(f"HTTP {code}")
+    if code == 416:  # nothing at or beyond what part has
+        return None, size
+    if code not in (200, 206):
+        raise ValueError(f"HTTP {code}")
+    if response.headers.get("Content-Type", "").lower().startswith("text/html"):
+        raise ValueError("is a web page, not the file")
+    start, total = 0, response.raw.length_remaining
+    if code == 206:
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        start, total = (int(span[1]), None if span[2] == "*" else int(span[2])) if span else (None, None)
+    if size is not None and total not in (None, size):
+        raise ValueError(f"offers {total} bytes where {size} were expected")
+    return start, total if size is None else size
+
+
+def receive(stream, f, done, total, size, name):
+    """Append the content of an answer to f, which holds done bytes; stop where it exceeds size, as it may have no end."""
+    stream.enforce_content_length = False  # the lengths are compared below, where nothing of a last block is lost
+    start, began = done, time.monotonic()
+    shown = began
+    for block in stream.stream(BLOCK, decode_content=False):  # bytes as they are in the file, even one labelled as gzip
+        if not done and block.lstrip().startswith(b"<"):
+            raise ValueError("is a web page, not the file")
+        f.write(block)
+        done += len(block)
+        if size is not None and done > size:
+            return
+        if (now := time.monotonic()) - shown > PROGRESS:
+            shown = now
+            note(f"{name}: {done / 2**20:.1f} MiB" if total is None else f"{name}: {done / 2**20:.1f} of {total / 2**20:.1f} MiB, time left "
+                 f"{datetime.timedelta(seconds=round((now - began) / (done - start) * (total - done)))}")
+    if total is not None and done < total:
+        raise ConnectionError(f"cut off after {done} of {total} bytes")
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)
 
 
 def check_file(path, sha256, size, advice=""):

@@ -78,6 +78,7 @@ def test_cifar10_is_read_from_its_original_archive(tmp_path, monkeypatch):
 def test_no_network_says_which_file_to_put_where(tmp_path, monkeypatch):
     address, files = train_teacher.IDX_FILES["mnist"]
     monkeypatch.setitem(train_teacher.IDX_FILES, "mnist", ("http://127.0.0.1:1/", files))
+    monkeypatch.setattr("model.PAUSES", ())
     with pytest.raises(UserError) as error:
         load_images("mnist", tmp_path)
     assert str(tmp_path / "mnist" / "train-images-idx3-ubyte.gz") in str(error.value)

@@ -493,6 +493,7 @@ def test_weights_are_downloaded_once_and_checked(script, refused, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fid, "load_inception", lambda path, device: StandIn())
     monkeypatch.setattr(fid, "POOL", 12)
+    monkeypatch.setattr("model.PAUSES", ())
     np.savez("a.npz", arr_0=np.random.default_rng(0).integers(0, 256, (30, 4, 4)).astype(np.uint8))
     right, asked = b"weights" * 100, []
 
@@ -516,8 +517,9 @@ def test_weights_are_downloaded_once_and_checked(script, refused, tmp_path, monk
             if kind == "right":
                 assert script("fid", *flags)[0] == 0
             else:
-                refused("fid", *flags, says=("deleted", str(tmp_path / "weights" / "w.pth")))
-                assert not os.listdir("weights")
+                reason, left = {"cut": ("cut off after 50 of 700 bytes", ["w.pth.part"]), "page": ("web page", [])}[kind]
+                refused("fid", *flags, says=(reason, str(tmp_path / "weights" / "w.pth")))
+                assert os.listdir("weights") == left
     finally:
         server.shutdown()
     assert asked == ["/cut/w.pth", "/page/w.pth", "/right/w.pth"]

@@ -263,8 +263,9 @@ def test_download_checks_before_it_renames(server, tmp_path):
     assert target.read_bytes() == data
 
 
-def test_download_that_is_wrong_or_missing_leaves_nothing_and_says_where_to_put_it(server, tmp_path):
+def test_download_that_is_wrong_or_missing_leaves_nothing_and_says_where_to_put_it(server, tmp_path, monkeypatch):
     folder, address = server
+    monkeypatch.setattr("model.PAUSES", ())
     (folder / "w.bin").write_bytes(b"<html>sorry</html>")
     target = tmp_path / "w.bin"
     for url in (address + "w.bin", address + "absent.bin", "http://127.0.0.1:1/w.bin"):
