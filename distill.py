@@ -9,6 +9,7 @@ D = v* - v_psi and e = v_psi - I'. Architecture, interpolant, prediction, image 
 Writes OUT/student.pt, OUT/student_one_step_XXXXXXX.pth, OUT/resume.pt (the same command again goes on), OUT/log.jsonl and
 OUT/distill_XXXXXXX.png (rows: student, teacher's and critic's data prediction of the student's samples at one noise level).
 """
+import contextlib
 import pathlib
 
 import numpy as np
@@ -186,6 +187,7 @@ def parse_flags():
     add("--gan_from", type=number(int, 0), default=0, help="iteration at which the adversarial loss starts")
     add("--iters", type=number(int, 1), default=300, help="iterations in all; raise it to go on")
     add("--batch", type=number(int, 1), default=64, help="images a step, over all processes")
+    add("--accum", type=number(int, 1), default=1, help="pieces that each process cuts its share of the batch into: less memory, one more pass")
     add("--lr", type=number(float, 0, open_low=True), default=6e-4, help="the student's Adam learning rate")
     add("--critic_lr", type=number(float, 0, open_low=True), default=None, help="the critic's (3 times the student's)")
     add("--warmup", type=number(int, 0), default=0, help="iterations of linear warm-up")
@@ -214,7 +216,7 @@ def parse_flags():
 def main():
     args, defaults = parse_flags()
     rank, world, device = start_processes(args.device, args.timeout)
-    check_batch(args.batch, world)
+    check_batch(args.batch, world, args.accum)
     out = pathlib.Path(args.out)
     if out.is_dir():  # a new folder is made and locked when there is something to write
         first_process(lambda: lock(out), rank, world)
@@ -320,6 +322,19 @@ def main():
     channels, side = student.channels, config["network"]["image_size"]
     share = args.batch // world
     mine = slice(rank * share, (rank + 1) * share)
+    pieces = [slice(i, i + share // args.accum) for i in range(0, share, share // args.accum)]  # of this process' rows, one backward pass each
+
+    def take(batch, rows):
+        """The rows of each of these tensors; None stays None."""
+        return batch and tuple(v if v is None else v[rows] for v in batch)
+
+    def in_piece(rows, *nets):
+        """Gradients are averaged over the processes in the last piece's backward pass."""
+        stack = contextlib.ExitStack()
+        for net in nets if world > 1 and rows != pieces[-1] else ():
+            if net:
+                stack.enter_context(net.no_sync())
+        return stack
 
     def draw(*key):
         """Fresh x1, z, times and labels of this process' part of the batch: functions of (seed, step, key, global index)."""
@@ -426,7 +441,7 @@ def main():
         start, y, noise = draw_start("student", 0)
         with precision(device):  # a context of its own: autocast remembers weights cast without gradient
             x_t = step_input(path, student, prediction, times, last, noise, y, start)
-        with precision(device):
+        with precision(device), torch.set_grad_enabled(args.accum == 1):  # in pieces, each builds its own graph below
             x0 = one_step(path, wrapped_student, prediction, times[last], x_t, y, start)  # (B,C,H,W)
 
         # The critic: regression on the student's samples, fresh noise and times in every step; a bridge keeps the x1 it came from.
@@ -437,29 +452,35 @@ def main():
                 if k < args.k_psi - 1 and not args.reuse_samples:
                     with torch.no_grad():
                         given, labels, noise = draw_start("sample", k)
-                        x_t = step_input(path, student, prediction, times, last, noise, labels, given)
-                        samples = one_step(path, student, prediction, times[last], x_t, labels, given)
-                fake = (samples, given if kind else new_x1, new_z, t, labels)
+                        samples = one_step(path, student, prediction, times[last],
+                                           step_input(path, student, prediction, times, last, noise, labels, given), labels, given)
+                fake, true = (samples, given if kind else new_x1, new_z, t, labels), None
                 if data and (adversarial or real):
                     real_x0, real_x1, real_y = draw_data("real", k)
                     other_x1, other_z, _, _ = draw("real noise", k)
                     true = (real_x0, real_x1 if kind else other_x1, other_z, t, real_y)
-                if real:
-                    critic_loss = real_critic_loss(path, prediction, guided_teacher, trained_critic, fake, true, args.units, args.real_alpha,
-                                                   args.real_beta, sees_x1).mean()
-                else:
-                    critic_loss = regression_loss(trained_critic, path, prediction, *fake, sees_x1).mean()
-                if adversarial:  # non-saturating, on the critic's own tokens, which learn from it too
-                    tokens = torch.cat([middle_tokens(critic, path, *side, sees_x1) for side in (fake, true)])
-                    made, found = wrapped_head(tokens).chunk(2)
-                    head_loss = F.softplus(made).mean() + F.softplus(-found).mean()
-                    log.add(head_loss=head_loss)
-                (critic_loss + args.gan_weight * head_loss if adversarial else critic_loss).backward()
+            for rows in pieces:
+                with in_piece(rows, wrapped_critic, wrapped_head), precision(device):
+                    made, found = take(fake, rows), take(true, rows)
+                    if real:
+                        critic_loss = real_critic_loss(path, prediction, guided_teacher, trained_critic, made, found, args.units, args.real_alpha,
+                                                       args.real_beta, sees_x1).mean()
+                    else:
+                        critic_loss = regression_loss(trained_critic, path, prediction, *made, sees_x1).mean()
+                    total = critic_loss
+                    if adversarial:  # non-saturating, on the critic's own tokens, which learn from it too
+                        tokens = torch.cat([middle_tokens(critic, path, *side, sees_x1) for side in (made, found)])
+                        low, high = wrapped_head(tokens).chunk(2)
+                        head_loss = F.softplus(low).mean() + F.softplus(-high).mean()
+                        log.add(head_loss=head_loss)
+                        total = total + args.gan_weight * head_loss
+                    (total / args.accum).backward()
+                log.add(critic_loss=critic_loss)
             if adversarial:
                 _, stepped = optimizer_step(optimizers[2], head, rates[2], args.clip, wait)
                 finite = finite & stepped
             critic_norm, stepped = optimizer_step(optimizers[1], critic, rates[1], args.clip, wait)
-            log.add(critic_loss=critic_loss, critic_norm=critic_norm)
+            log.add(critic_norm=critic_norm)
             finite = finite & stepped
 
         # The student: the gap's gradient with respect to its samples, carried on through its own graph.
@@ -468,22 +489,24 @@ def main():
                 start, y, noise = draw_start("student", k)
                 with precision(device):
                     x_t = step_input(path, student, prediction, times, last, noise, y, start)
-            with precision(device):
-                if k > 0:
-                    x0 = one_step(path, wrapped_student, prediction, times[last], x_t, y, start)
-                new_x1, new_z, t, _ = draw("gap", k)
-                leaf = x0.detach().requires_grad_()
-                fake = (leaf, start if kind else new_x1, new_z, t, y)
-                loss, D2 = generator_loss(path, prediction, guided_teacher, guided_critic, *fake, args.kappa, args.grad, args.weight,
-                                          args.units, sees_x1, args.real_alpha, args.real_beta)
-                total = loss.mean()
-                if adversarial:
-                    fooled = F.softplus(-head(middle_tokens(critic, path, *fake, sees_x1))).mean()
-                    total = total + args.gan_weight * fooled
-                    log.add(fooled=fooled)
-                x0.backward(torch.autograd.grad(total, leaf)[0])
+            new_x1, new_z, t, _ = draw("gap", k)
+            for rows in pieces:
+                with in_piece(rows, wrapped_student), precision(device):
+                    if k > 0 or args.accum > 1:
+                        x0 = one_step(path, wrapped_student, prediction, times[last], *take((x_t, y, start), rows))
+                    leaf = x0.detach().requires_grad_()
+                    fake = (leaf, *take((start if kind else new_x1, new_z, t, y), rows))
+                    loss, D2 = generator_loss(path, prediction, guided_teacher, guided_critic, *fake, args.kappa, args.grad, args.weight,
+                                              args.units, sees_x1, args.real_alpha, args.real_beta)
+                    total = loss.mean()
+                    if adversarial:
+                        fooled = F.softplus(-head(middle_tokens(critic, path, *fake, sees_x1))).mean()
+                        total = total + args.gan_weight * fooled
+                        log.add(fooled=fooled)
+                    x0.backward(torch.autograd.grad(total / args.accum, leaf)[0])
+                log.add(student_loss=loss.mean(), D2=D2.mean())
             student_norm, stepped = optimizer_step(optimizers[0], student, rates[0], args.clip, wait)
-            log.add(student_loss=loss.mean(), D2=D2.mean(), student_norm=student_norm)
+            log.add(student_norm=student_norm)
             finite = finite & stepped
         step += 1
         skipped = count_skipped(skipped, finite)

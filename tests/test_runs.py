@@ -194,7 +194,7 @@ def test_nonfinite_gradients_are_skipped_and_then_stop_the_run(script, refused, 
 @pytest.mark.parametrize("job", ["teacher", "distill"])
 def test_two_processes_walk_the_path_of_one(script, trainers, tmp_path, job):
     name, _, flags = trainers[job]
-    flags = (*flags, "--iters", 20, "--sample_every", 100)
+    flags = (*flags, "--iters", 20, "--sample_every", 100, "--accum", 2)
     assert script(name, *flags, "--out", tmp_path / "one")[0] == 0
     torchrun(2, f"{name}.py", *flags, "--out", tmp_path / "two")
     keys = {"teacher": ["loss", "grad_norm"], "distill": ["critic_loss", "student_loss", "D2", "spread"]}[job]
@@ -209,6 +209,18 @@ def test_accumulation_walks_the_same_path(script, images, tmp_path):
         assert script("train_teacher", "--data", images, *SMALL, "--iters", 6, "--accum", accum, "--out", tmp_path / str(accum))[0] == 0
         losses.append([line["loss"] for line in log(tmp_path / str(accum), "teacher")])
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", [(), ("--student_steps", 2, "--reuse_samples", "--data", "images", "--gan_weight", 0.1, "--real_alpha", 0.95)])
+def test_accumulation_walks_the_same_path_when_distilling(script, images, small_teacher, tmp_path, more):
+    losses = []
+    for accum in (1, 2):
+        flags = [images if flag == "images" else flag for flag in more]
+        code, _, err = script("distill", "--teacher_ckpt", small_teacher, *SMALL[2:], "--iters", 4, "--k_psi", 2, "--k_G", 2, "--accum", accum, *flags,
+                              "--out", tmp_path / str(accum))
+        assert code == 0, err
+        losses.append([[line[k] for k in ("critic_loss", "critic_norm", "student_loss", "D2", "student_norm")] for line in log(tmp_path / str(accum), "distill")])
+    np.testing.assert_allclose(*losses, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("out", ["s.npz", "s.png", "folder"])
