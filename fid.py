@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import UserError, download, file_sha256, load_checkpoint
-from sample import (DIFFUSIONS, IMAGE_SUFFIXES, SOLVERS, Parser, check_interval, check_steps, check_unpacked, check_writable, choose_labels, command,
+from sample import (DIFFUSIONS, IMAGE_SUFFIXES, SOLVERS, Parser, check_archive, check_interval, check_steps, check_writable, choose_labels, command,
                     decoder, default_solver, first_process, generate, image_files, load_named, minutes, number, one_of, read_image, save_file,
                     start_processes, student_times)
 from train_teacher import IDX_FILES, load_images
@@ -280,7 +280,7 @@ class NpzImages:
 def open_npz(label, path):
     """An .npz of images, of statistics or (ADM's reference batches) of both -> Source."""
     try:
-        check_unpacked(path)
+        check_archive(path)
         archive = zipfile.ZipFile(path)
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         images = next((NpzImages(archive, f"{name}.npy", label) for name in ("arr_0", "images") if name in names), None)

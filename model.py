@@ -352,6 +352,8 @@ def load_checkpoint(path):
             archive = zipfile.ZipFile(path)
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:  # torch never compresses
                 raise ValueError("it unpacks to more than its size")
+            if any(member.external_attr & 16 for member in archive.infolist()):  # the mark of a folder, which torch reads as zeros
+                raise ValueError("a folder where a file should be")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it loads
             # Released training checkpoints hold their flags in a Namespace: a bag of values, the one class that is let in.

@@ -11,6 +11,7 @@ import argparse
 import datetime
 import hashlib
 import io
+import logging
 import math
 import os
 import pathlib
@@ -30,7 +31,9 @@ from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, coefficien
                           time_grid)
 from model import UserError, guided, load_autoencoder, load_model
 
-warnings.filterwarnings("ignore", module="PIL")  # about odd files: what matters is whether they can be read
+# About odd files Pillow warns and logs: what matters is whether they can be read.
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,10 +216,14 @@ IMAGE_NAMES = (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))
 REFERENCE_NAMES = (("x1", "y1"), *IMAGE_NAMES)
 
 
-def check_unpacked(path):
-    """ValueError where a zip claims to unpack to more than 256 MiB and 100 times its size: images do not, files made to fill the memory do."""
+def check_archive(path):
+    """ValueError where a zip claims to unpack to more than 256 MiB and 100 times its size: images do not, files made to fill the memory do.
+    BadZipFile where its directory is damaged: labels must not go missing unseen."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
+            archive.open(member).close()  # compares the directory's name with the member's own
+            if b"PK\1\2" in member.comment + member.extra:
+                raise zipfile.BadZipFile(f"the entry of {member.filename} swallows the next")
             if member.file_size > max(1 << 28, 100 * member.compress_size):
                 raise ValueError(f"{member.filename} unpacks {member.compress_size} bytes to {member.file_size}")
 
@@ -226,7 +233,7 @@ def read_npz(path, flag="--data", names=IMAGE_NAMES):
     if not zipfile.is_zipfile(path):
         raise UserError(f"{flag} {path}: not a readable .npz file")
     try:
-        check_unpacked(path)
+        check_archive(path)
         with np.load(path, allow_pickle=False) as npz:
             found = next((pair for pair in names if pair[0] in npz), None)
             if found is None:
