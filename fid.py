@@ -509,7 +509,11 @@ def frechet(mu_a, sigma_a, mu_b, sigma_b):
     if len(values) and values[0] < -1e-6 * max(values[-1], 1e-300):
         raise ValueError(f"a product of covariances has the negative eigenvalue {values[0]:.3g}")
     difference = mu_a - mu_b
-    return float(difference @ difference + np.trace(sigma_a) + np.trace(sigma_b) - 2 * np.sqrt(values.clip(min=0)).sum())
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = float(difference @ difference + np.trace(sigma_a) + np.trace(sigma_b) - 2 * np.sqrt(values.clip(min=0)).sum())
+    if not math.isfinite(distance):
+        raise ValueError(f"the distance is {distance}")
+    return distance
 
 
 def kernel_distance(a, b, subsets=100, size=1000, seed=0):
@@ -737,10 +741,11 @@ def compare(results, metrics, device, say):
             for side, what in ((a, "SAMPLES"), (b, "REFERENCE")):
                 if not (np.isfinite(side[mean]).all() and np.isfinite(side[covariance]).all()):
                     raise UserError(f"--metrics {metric}: the mean or covariance of {what} is not finite; look at its images and at the weights")
-                rank = int(np.linalg.matrix_rank(side[covariance], hermitian=True))
-                if rank < len(side[mean]):
-                    say(f"note: the covariance of {what} for {metric} is rank-poor: {rank} of {len(side[mean])}")
             try:
+                for side, what in ((a, "SAMPLES"), (b, "REFERENCE")):
+                    rank = int(np.linalg.matrix_rank(side[covariance], hermitian=True))
+                    if rank < len(side[mean]):
+                        say(f"note: the covariance of {what} for {metric} is rank-poor: {rank} of {len(side[mean])}")
                 values[metric] = frechet(a[mean], a[covariance], b[mean], b[covariance])
             except ValueError as error:
                 raise UserError(f"--metrics {metric}: {error}; these statistics cannot be compared") from None

@@ -150,7 +150,7 @@ class SiT(nn.Module):
         width, depth, heads = SIZES[size]
         for name, value, least in (("patch", patch, 1), ("image_size", image_size, 1), ("channels", channels, 1), ("num_classes", num_classes, 0),
                                    ("reference_channels", reference_channels, 0), ("time_scale", time_scale, 1e-6)):
-            if not isinstance(value, (int, float) if name == "time_scale" else int) or not least <= value < math.inf:
+            if not isinstance(value, (int, float) if name == "time_scale" else int) or not least <= value <= 1e9:
                 raise ValueError(f"{name} {value!r:.40}")
         if image_size % patch:
             raise UserError(f"image size {image_size} is not a multiple of the patch size {patch}: "
@@ -164,11 +164,10 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(width, image_size // patch), requires_grad=False)
         self.blocks = nn.ModuleList([Block(width, heads, qk_norm) for _ in range(depth)])
         self.final_layer = FinalLayer(width, patch, channels)
-        scales = None if precondition is None else torch.tensor(precondition, dtype=torch.float32)  # (3,K)
-        timesteps = None if timesteps is None else torch.tensor(timesteps, dtype=torch.float32)  # (K,)
-        for name, table, rows in (("precondition", scales, (3,)), ("timesteps", timesteps, ())):
-            if table is not None and (table.ndim != 1 + len(rows) or table.shape[:-1] != rows or table.shape[-1] < 2):
-                raise ValueError(f"{name} of shape {tuple(table.shape)}")
+        scales, timesteps = (None if table is None else torch.tensor(table, dtype=torch.float32, device="cpu") for table in (precondition, timesteps))
+        for name, table, rows in (("precondition", scales, (3,)), ("timesteps", timesteps, ())):  # (3,K), (K,)
+            if table is not None and (table.shape[:-1] != rows or table.ndim == 0 or table.shape[-1] < 2 or not table.isfinite().all()):
+                raise ValueError(f"{name} of shape {tuple(table.shape)}, or not finite")
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("timesteps", timesteps, persistent=False)
         self.initialize()
@@ -389,11 +388,12 @@ def load_model(path, device="cpu"):
     if not {"config", "ema"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (it has no configuration)")
     try:
-        if not {"patch", "image_size", "channels", "num_classes"} <= content["config"]["network"].keys():
-            raise KeyError("a size is missing")
+        network = content["config"]["network"]
+        if not {"channels", "num_classes"} <= network.keys() or network["image_size"] % network["patch"]:
+            raise ValueError("sizes that are missing, or do not divide")
         net = build_checked(lambda: build_model(content["config"]), content["ema"], path)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: its configuration describes no network of this project ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: its configuration describes no network of this project ({type(error).__name__}: {error!s:.200})") from None
     return net.to(device).eval().requires_grad_(False), content["config"]
 
 
@@ -444,7 +444,7 @@ def load_weights(net, state, path, assign=False):
         keys = state.keys() if isinstance(state, dict) else ()
         missing, extra = (next(iter(sorted(names, key=str)), None) for names in (net.state_dict().keys() - keys, keys - net.state_dict().keys()))
         reason = (f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}" if missing or extra else
-                  str(error).splitlines()[-1].strip())
+                  str(error).splitlines()[-1].strip()[:200])
         raise UserError(f"{path}: its weights do not fit its configuration ({reason})") from None
 
 

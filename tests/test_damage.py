@@ -137,7 +137,7 @@ def download(path, content):
 
 
 def idx(array):
-    return gzip.compress(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes())
+    return gzip.compress(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes(), mtime=0)
 
 
 def mnist(damaged):
@@ -154,12 +154,12 @@ def mnist(damaged):
 
 def cifar10(folder):
     buffer, records = io.BytesIO(), draw(5, 1, 3073)
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
         for i in range(5):
             member = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i + 1}.bin")
             member.size = 3073
             archive.addfile(member, io.BytesIO(records[i].tobytes()))
-    row = download(folder / "cifar10" / "cifar-10-binary.tar.gz", buffer.getvalue())
+    row = download(folder / "cifar10" / "cifar-10-binary.tar.gz", gzip.compress(buffer.getvalue(), mtime=0))
 
     def read():
         train_teacher.CIFAR10_FILE = ("http://127.0.0.1:1/", *row()[1:])
