@@ -494,6 +494,7 @@ def measure(source, net, needs, batch, resize, device, rank=0, world=1, say=prin
 # ---------------------------------------------------------------------------------------------------------------------
 # The metrics
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite in the end is refused
 def frechet(mu_a, sigma_a, mu_b, sigma_b):
     """|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)), float64 (arXiv:1706.08500, eq. 6).
 
@@ -509,8 +510,7 @@ def frechet(mu_a, sigma_a, mu_b, sigma_b):
     if len(values) and values[0] < -1e-6 * max(values[-1], 1e-300):
         raise ValueError(f"a product of covariances has the negative eigenvalue {values[0]:.3g}")
     difference = mu_a - mu_b
-    with np.errstate(over="ignore", invalid="ignore"):
-        distance = float(difference @ difference + np.trace(sigma_a) + np.trace(sigma_b) - 2 * np.sqrt(values.clip(min=0)).sum())
+    distance = float(difference @ difference + np.trace(sigma_a) + np.trace(sigma_b) - 2 * np.sqrt(values.clip(min=0)).sum())
     if not math.isfinite(distance):
         raise ValueError(f"the distance is {distance}")
     return distance

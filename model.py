@@ -322,18 +322,23 @@ def save_checkpoint(path, content):
 def check_tensors(content):
     """ValueError where a tensor claims more than was read for it, or is of no plain kind, or a structure unfolds without end: a small file
     could ask for any amount of memory or time."""
-    pending, count = [content], 0
-    while pending:
-        value = pending.pop()
-        if torch.is_tensor(value):
-            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested or (
-                    value.nbytes > value.untyped_storage().nbytes()):
-                raise ValueError(f"a tensor of shape {tuple(value.shape)} has no numbers of its own")
-        elif isinstance(value, (dict, list, tuple)):
-            pending += value.values() if isinstance(value, dict) else value
-            count += len(value)
-            if count > 1_000_000:
-                raise ValueError("more than a million values")
+    level, count = [content], 0
+    for _ in range(100):
+        deeper = []
+        for value in level:
+            if torch.is_tensor(value):
+                if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested or (
+                        value.nbytes > value.untyped_storage().nbytes()):
+                    raise ValueError(f"a tensor of shape {tuple(value.shape)} has no numbers of its own")
+            elif isinstance(value, (dict, list, tuple)):
+                count += len(value)
+                if count > 1_000_000:
+                    raise ValueError("more than a million values")
+                deeper += value.values() if isinstance(value, dict) else value
+        if not deeper:
+            return
+        level = deeper
+    raise ValueError("more than 100 levels")
 
 
 def load_checkpoint(path):

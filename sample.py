@@ -88,7 +88,7 @@ def load_named(flag, path, device):
         raise UserError(f"{flag} {error}") from None
     try:
         odd = odd_value(config)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):  # of its parts
         odd = "student"
     if odd:
         raise UserError(f"{flag} {path}: its {odd} {str(config.get(odd))[:60]} is unknown here")
@@ -97,7 +97,7 @@ def load_named(flag, path, device):
 
 def odd_value(config):
     """The first name in a checkpoint's configuration, its network aside, whose value no trainer writes, or None."""
-    def within(value, low, high=1e6):
+    def within(value, low, high=1e300):
         return isinstance(value, (int, float)) and low <= value <= high
     reference, latent, network = config.get("reference"), config.get("latent"), config["network"]
     joined = 0 if reference in (None, "unpaired") else network["channels"]  # channels of x1 that the network sees
@@ -105,12 +105,14 @@ def odd_value(config):
         "model": isinstance(config.get("model"), str),
         "interpolant": config.get("interpolant") in list(FAMILIES),
         "prediction": config.get("prediction") in list(PREDICTIONS),
-        "gamma_scale": within(config.get("gamma_scale", 1.0), 1e-6),
+        "gamma_scale": within(config.get("gamma_scale", 1.0), 1e-300),
         "reference": reference in (None, "paired", "unpaired", *DEGRADATIONS) and network.get("reference_channels", 0) == joined,
         "reference_source": reference is None or isinstance(config.get("reference_source"), str),
         "data": reference is None or isinstance(config.get("data"), str),
-        "latent": latent is None or (isinstance(latent.get("autoencoder"), (str, type(None))) and isinstance(latent["image_size"], int)),
-        "student": "student" not in config or (within(config["student"]["cfg_scale"], 0) and all(within(t, 1e-6, 1) for t in student_times(config))),
+        "latent": latent is None or (isinstance(latent, dict) and isinstance(latent.get("autoencoder"), (str, type(None)))
+                                     and isinstance(latent.get("image_size"), int)),
+        "student": "student" not in config or (within(config["student"]["cfg_scale"], 0)
+                                               and all(within(t, 1e-300, 1) for t in student_times(config))),
     }
     return next((name for name in sound if not sound[name]), None)
 

@@ -646,7 +646,7 @@ def resume(path, args, defaults, name, needs):
     for flag, was in {**defaults, **state["flags"]}.items():
         now = getattr(args, flag, None)
         if flag not in FREE_FLAGS and now != was:
-            raise UserError(f"--{flag} {now}: {path} was made with --{flag} {was}; repeat its flags, choose another --out, or "
+            raise UserError(f"--{flag} {now}: {path} was made with --{flag} {str(was)[:200]}; repeat its flags, choose another --out, or "
                             "start over with --fresh")
     if state["step"] > args.iters:
         raise UserError(f"--iters {args.iters}: {path} is at iteration {state['step']} already")

@@ -327,7 +327,8 @@ def test_damaged_files_on_the_command_line(refused, images, small_teacher, incep
     flags = [str(images) if flag == "npz" else flag for flag in flags]
     write_safetensors("vae.safetensors", Autoencoder(3, 1, (2,), 1, groups=2).state_dict())
     whole, file = {"teacher": (small_teacher, "damaged.pt"), "run/teacher.pt": (small_teacher, "run/teacher.pt"), "npz": (images, "damaged.npz"),
-                   "png": ("folder/a/x.png", "folder/a/x.png"), "vae": ("vae.safetensors", "damaged.safetensors"), "weights": (inception, "w.pth")}[what]
+                   "png": ("folder/a/x.png", "folder/a/x.png"), "vae": ("vae.safetensors", "damaged.safetensors"),
+                   "weights": (inception, "w.pth")}[what]
     whole, rng = pathlib.Path(whole).read_bytes(), np.random.default_rng(0)
     turned = bytearray(whole)
     turned[len(whole) // 2] ^= 1
