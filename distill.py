@@ -22,7 +22,7 @@ from model import UserError, build_model, checksum, ema_update, frozen_copy, gui
 from sample import (Parser, check_interval, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
                     path_of, save_picture, start_processes, step_input, to_device, to_uint8)
 from train_teacher import (Log, StopSignal, check_batch, check_same_data, count_skipped, draw_noise, gather_optimizer, keep, learning_rate, load_images,
-                           load_reference, lock, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
+                           load_moments, load_reference, lock, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
 
 # An objective is a row: what it sets for the knobs that the command line leaves unset. kappa means nothing under `stop`.
 OBJECTIVES = {
@@ -305,7 +305,7 @@ def main():
         if head:
             load_weights(head, state["head"], out / "resume.pt")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+            load_moments(optimizer, saved, out / "resume.pt")
         step = state["step"]
         say(f"going on from iteration {step} of {out / 'resume.pt'}")
     if args.compile:

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -33,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import UserError, download, file_sha256, load_checkpoint
-from sample import (DIFFUSIONS, IMAGE_SUFFIXES, SOLVERS, Parser, check_interval, check_steps, check_writable, choose_labels, command,
+from sample import (DIFFUSIONS, IMAGE_SUFFIXES, SOLVERS, Parser, check_archive, check_interval, check_steps, check_writable, choose_labels, command,
                     decoder, default_solver, first_process, generate, image_files, load_named, minutes, number, one_of, read_image, save_file,
                     start_processes, student_times)
 from train_teacher import IDX_FILES, load_images
@@ -163,6 +164,8 @@ def load_inception(path, device="cpu"):
             block = name[:-len("conv.weight")]
             weight, bn = state.pop(name), {k: state.pop(f"{block}bn.{k}") for k in ("weight", "bias", "running_mean", "running_var")}
             state.pop(f"{block}bn.num_batches_tracked", None)
+            if weight.shape != net.get_parameter(name).shape or any(v.shape != weight.shape[:1] for v in bn.values()):
+                raise RuntimeError(f"{name} has shape {tuple(weight.shape)}")  # before a product of odd shapes fills the memory
             scale = bn["weight"].double() / (bn["running_var"].double() + 1e-3).sqrt()
             folded[name] = weight.double() * scale[:, None, None, None]
             folded[f"{block}conv.bias"] = bn["bias"].double() - bn["running_mean"].double() * scale
@@ -251,10 +254,10 @@ class NpzImages:
             raise UserError(f"{label}: {name} holds Python objects, refused")
         if dtype != np.uint8:
             raise UserError(f"{label}: {name} is {dtype}, images must be uint8 (0 to 255)")
-        if len(self.shape) not in (3, 4) or (len(self.shape) == 4 and self.shape[3] not in (1, 3)) or 0 in self.shape or fortran:
+        if len(self.shape) not in (3, 4) or (len(self.shape) == 4 and self.shape[3] not in (1, 3)) or min(self.shape) < 1 or fortran:
             raise UserError(f"{label}: {name} has shape {self.shape}{' in Fortran order' * fortran}, expected (N,H,W), (N,H,W,1) or "
                             "(N,H,W,3)")
-        if archive.getinfo(member).file_size < self.start + int(np.prod(self.shape)):
+        if archive.getinfo(member).file_size < self.start + math.prod(self.shape):
             raise UserError(f"{label}: {name} claims shape {self.shape}, more than the file holds")
         self.file = None
 
@@ -277,6 +280,7 @@ class NpzImages:
 def open_npz(label, path):
     """An .npz of images, of statistics or (ADM's reference batches) of both -> Source."""
     try:
+        check_archive(path)
         archive = zipfile.ZipFile(path)
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         images = next((NpzImages(archive, f"{name}.npy", label) for name in ("arr_0", "images", "x_train") if name in names), None)
@@ -314,7 +318,7 @@ def open_folder(label, folder, size):
     def read_one(file):
         try:
             return read_image(file, size)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(f"{label}: {file} cannot be read ({error}); mend or delete it") from None
     workers = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))  # Pillow decodes outside Python's lock
     return Source(str(folder), len(files), lambda start, stop: list(workers.map(read_one, files[start:stop])),
@@ -490,6 +494,7 @@ def measure(source, net, needs, batch, resize, device, rank=0, world=1, say=prin
 # ---------------------------------------------------------------------------------------------------------------------
 # The metrics
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite in the end is refused
 def frechet(mu_a, sigma_a, mu_b, sigma_b):
     """|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)), float64 (arXiv:1706.08500, eq. 6).
 
@@ -505,7 +510,10 @@ def frechet(mu_a, sigma_a, mu_b, sigma_b):
     if len(values) and values[0] < -1e-6 * max(values[-1], 1e-300):
         raise ValueError(f"a product of covariances has the negative eigenvalue {values[0]:.3g}")
     difference = mu_a - mu_b
-    return float(difference @ difference + np.trace(sigma_a) + np.trace(sigma_b) - 2 * np.sqrt(values.clip(min=0)).sum())
+    distance = float(difference @ difference + np.trace(sigma_a) + np.trace(sigma_b) - 2 * np.sqrt(values.clip(min=0)).sum())
+    if not math.isfinite(distance):
+        raise ValueError(f"the distance is {distance}")
+    return distance
 
 
 def kernel_distance(a, b, subsets=100, size=1000, seed=0):
@@ -733,10 +741,11 @@ def compare(results, metrics, device, say):
             for side, what in ((a, "SAMPLES"), (b, "REFERENCE")):
                 if not (np.isfinite(side[mean]).all() and np.isfinite(side[covariance]).all()):
                     raise UserError(f"--metrics {metric}: the mean or covariance of {what} is not finite; look at its images and at the weights")
-                rank = int(np.linalg.matrix_rank(side[covariance], hermitian=True))
-                if rank < len(side[mean]):
-                    say(f"note: the covariance of {what} for {metric} is rank-poor: {rank} of {len(side[mean])}")
             try:
+                for side, what in ((a, "SAMPLES"), (b, "REFERENCE")):
+                    rank = int(np.linalg.matrix_rank(side[covariance], hermitian=True))
+                    if rank < len(side[mean]):
+                        say(f"note: the covariance of {what} for {metric} is rank-poor: {rank} of {len(side[mean])}")
                 values[metric] = frechet(a[mean], a[covariance], b[mean], b[covariance])
             except ValueError as error:
                 raise UserError(f"--metrics {metric}: {error}; these statistics cannot be compared") from None

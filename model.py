@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -151,6 +152,10 @@ class SiT(nn.Module):
                  precondition=None, reference_channels=0, reverse_time=False, timesteps=None):
         super().__init__()
         width, depth, heads = SIZES[size]
+        for name, value, least in (("patch", patch, 1), ("image_size", image_size, 1), ("channels", channels, 1), ("num_classes", num_classes, 0),
+                                   ("reference_channels", reference_channels, 0), ("time_scale", time_scale, 1e-6)):
+            if not isinstance(value, (int, float) if name == "time_scale" else int) or not least <= value <= 1e9:
+                raise ValueError(f"{name} {value!r:.40}")
         if image_size % patch:
             raise UserError(f"image size {image_size} is not a multiple of the patch size {patch}: "
                             f"use {image_size // patch * patch or patch} or another patch")
@@ -163,9 +168,12 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(width, image_size // patch), requires_grad=False)
         self.blocks = nn.ModuleList([Block(width, heads, qk_norm) for _ in range(depth)])
         self.final_layer = FinalLayer(width, patch, channels)
-        scales = None if precondition is None else torch.tensor(precondition, dtype=torch.float32)  # (3,K)
+        scales, timesteps = (None if table is None else torch.tensor(table, dtype=torch.float32, device="cpu") for table in (precondition, timesteps))
+        for name, table, rows in (("precondition", scales, (3,)), ("timesteps", timesteps, ())):  # (3,K), (K,)
+            if table is not None and (table.shape[:-1] != rows or table.ndim == 0 or table.shape[-1] < 2 or not table.isfinite().all()):
+                raise ValueError(f"{name} of shape {tuple(table.shape)}, or not finite")
         self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("timesteps", None if timesteps is None else torch.tensor(timesteps, dtype=torch.float32), persistent=False)
+        self.register_buffer("timesteps", timesteps, persistent=False)
         self.initialize()
 
     def initialize(self):
@@ -328,30 +336,67 @@ def save_checkpoint(path, content):
         raise
 
 
+def check_tensors(content):
+    """ValueError where a tensor claims more than was read for it, or is of no plain kind, or a structure unfolds without end: a small file
+    could ask for any amount of memory or time."""
+    level, count = [content], 0
+    for _ in range(100):
+        deeper = []
+        for value in level:
+            if torch.is_tensor(value):
+                if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested or (
+                        value.nbytes > value.untyped_storage().nbytes()):
+                    raise ValueError(f"a tensor of shape {tuple(value.shape)} has no numbers of its own")
+            elif isinstance(value, (dict, list, tuple)):
+                count += len(value)
+                if count > 1_000_000:
+                    raise ValueError("more than a million values")
+                deeper += value.values() if isinstance(value, dict) else value
+        if not deeper:
+            return
+        level = deeper
+    raise ValueError("more than 100 levels")
+
+
 def load_checkpoint(path):
     """-> dict on the CPU. Raises UserError for a file that is missing, cut off, no checkpoint, or a pickle with code in it."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is a folder, not a checkpoint")
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is a folder, not a checkpoint" if path.is_dir() else
+                        f"{path}: is no file")
     with open(path, "rb") as f:
         if f.read(100).lstrip().startswith(b"<"):
             raise UserError(f"{path}: is a web page, not a checkpoint: a download that went wrong, fetch it again")
+    archive = None
     try:
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:  # torch never compresses
+                raise ValueError("it unpacks to more than its size")
+            if any(member.external_attr & 16 for member in archive.infolist()):  # the mark of a folder, which torch reads as zeros
+                raise ValueError("a folder where a file should be")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it loads
             # Released training checkpoints hold their flags in a Namespace: a bag of values, the one class that is let in.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(content)
+        promised = content.pop("checksum", None) if isinstance(content, dict) else None
+        found = checksum(content) if promised is not None else None
+        if promised is None and archive and archive.testzip():  # other people's files have no checksum, but a CRC for each member
+            raise ValueError("a wrong CRC")
     except pickle.UnpicklingError as error:
         unsafe = "GLOBAL" in str(error) or "Unsupported class" in str(error) or "operand" in str(error)
         raise UserError(f"{path}: holds Python objects, not just weights; refused, nothing was executed" if unsafe
                         else f"{path}: not a checkpoint") from None
     except Exception:  # a damaged file can fail in any way
-        raise UserError(f"{path}: not a checkpoint, or cut off before its end") from None
+        raise UserError(f"{path}: not a checkpoint, or cut off before its end, or damaged") from None
+    finally:
+        if archive:
+            archive.close()
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint of this project")
-    promised = content.pop("checksum", None)  # other people's files have none
-    if promised is not None and promised != checksum(content):
+    if promised != found:
         raise UserError(f"{path}: damaged: its content does not match its checksum; use another copy, or start over with --fresh")
     return content
 
@@ -365,10 +410,12 @@ def load_model(path, device="cpu"):
     if not {"config", "ema"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (it has no configuration)")
     try:
-        net = build_model(content["config"])
+        network = content["config"]["network"]
+        if not {"channels", "num_classes"} <= network.keys() or network["image_size"] % network["patch"]:
+            raise ValueError("sizes that are missing, or do not divide")
+        net = build_checked(lambda: build_model(content["config"]), content["ema"], path)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: its configuration describes no network of this project ({type(error).__name__}: {error})") from None
-    load_weights(net, content["ema"], path)
+        raise UserError(f"{path}: its configuration describes no network of this project ({type(error).__name__}: {error!s:.200})") from None
     return net.to(device).eval().requires_grad_(False), content["config"]
 
 
@@ -397,7 +444,7 @@ def read_released(state, path):
             value = state[f"final_layer.linear.{kind}"]  # rows are ordered (pixel of the patch, channel)
             state[f"final_layer.linear.{kind}"] = value.view(patch ** 2, -1, *value.shape[1:])[:, :channels].flatten(0, 1)
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
-    except (ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, RuntimeError, KeyError, AttributeError, IndexError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: its shapes are not those of {family} ({error})") from None
     network = {"size": size, "patch": patch, "image_size": side, "channels": channels, "num_classes": num_classes, "time_scale": 1.0}
     if family == "SiT":
@@ -412,15 +459,24 @@ def read_released(state, path):
                                         {"interpolant": "vp", "prediction": "noise"})}}
 
 
-def load_weights(net, state, path):
+def load_weights(net, state, path, assign=False):
     try:
-        net.load_state_dict(state, strict=True)
+        net.load_state_dict(state, strict=True, assign=assign)
     except (RuntimeError, TypeError, AttributeError) as error:
         keys = state.keys() if isinstance(state, dict) else ()
-        missing, extra = (next(iter(sorted(names)), None) for names in (net.state_dict().keys() - keys, keys - net.state_dict().keys()))
+        missing, extra = (next(iter(sorted(names, key=str)), None) for names in (net.state_dict().keys() - keys, keys - net.state_dict().keys()))
         reason = (f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}" if missing or extra else
-                  str(error).splitlines()[-1].strip())
+                  str(error).splitlines()[-1].strip()[:200])
         raise UserError(f"{path}: its weights do not fit its configuration ({reason})") from None
+
+
+def build_checked(make, state, path):
+    """make() with these weights. It is made without memory first, to compare the shapes: sizes in a file may ask for any amount of it."""
+    with torch.device("meta"):
+        load_weights(make(), state, path, assign=True)
+    net = make()
+    load_weights(net, state, path)
+    return net
 
 
 def build_model(config):
@@ -436,28 +492,37 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def load_safetensors(path):
-    """-> dict of tensors on the CPU. Every length and offset of the header is checked against the file before it is used."""
+    """-> dict of tensors on the CPU. Every length and offset of the header is checked against the file before it is used: tensors lie
+    side by side from the first byte to the last, as the format demands."""
     size = pathlib.Path(path).stat().st_size
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("its header has a name twice")
+        return dict(pairs)
     try:
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
+            if not 2 <= length <= min(size - 8, 10_000_000):
                 raise ValueError(f"its header claims {length} bytes of {size}")
-            header = json.loads(f.read(length))
-            tensors, body = {}, size - 8 - length
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
+            header = json.loads(f.read(length), object_pairs_hook=unique)
+            header.pop("__metadata__", None)
+            tensors, end = {}, 0
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 start, stop = entry["data_offsets"]
                 shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
                 numbers = math.prod(shape) * dtype.itemsize if all(isinstance(n, int) and n >= 0 for n in shape) else -1
-                if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop <= body and stop - start == numbers):
-                    raise ValueError(f"{name} claims bytes {start} to {stop} of {body} for {entry['dtype']} of shape {shape}")
-                f.seek(8 + length + start)
-                tensors[name] = torch.frombuffer(bytearray(f.read(stop - start) or b"\0"), dtype=torch.uint8)[:numbers].view(dtype).view(shape)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        reason = f"{type(error).__name__} {error}" if not isinstance(error, ValueError) or isinstance(error, UnicodeDecodeError) else error
-        raise UserError(f"{path}: not a safetensors file, or cut off ({reason})") from None
+                if start != end or stop - start != numbers or not isinstance(stop, int) or stop > size - 8 - length:
+                    raise ValueError(f"{name} claims bytes {start} to {stop} of {size - 8 - length} for {entry['dtype']} of shape {shape}")
+                tensors[name] = torch.frombuffer(bytearray(f.read(numbers) or b"\0"), dtype=torch.uint8)[:numbers].view(dtype).view(shape)
+                end = stop
+            if end != size - 8 - length:
+                raise ValueError(f"{size - 8 - length - end} bytes are nobody's")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        reason = error if type(error) is ValueError else f"{type(error).__name__} {error}"
+        raise UserError(f"{path}: not a safetensors file, or cut off ({str(reason)[:200]})") from None
     return tensors
 
 
@@ -591,23 +656,24 @@ def load_autoencoder(path, device="cpu"):
         raise UserError(f"{path}: no such file; download {path.name} of an autoencoder such as stabilityai/sd-vae-ft-ema and name it here")
     state = load_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
     renamed = {}
-    for name, value in state.items():
-        if ".attentions." in name:
-            for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-                name = name.replace(f".{old}.", f".{new}.")
-            if name.endswith("weight") and torch.is_tensor(value) and value.ndim == 4:
-                value = value[:, :, 0, 0]  # a 1x1 convolution
-        renamed[name] = value.float() if torch.is_tensor(value) and value.is_floating_point() else value
     try:
+        for name, value in state.items():
+            if ".attentions." in name:
+                for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+                    name = name.replace(f".{old}.", f".{new}.")
+                if name.endswith("weight") and torch.is_tensor(value) and value.ndim == 4:
+                    value = value[:, :, 0, 0]  # a 1x1 convolution
+            renamed[name] = value.float() if torch.is_tensor(value) and value.is_floating_point() else value
         count = {kind: 1 + max(int(n.split(".")[i]) for n in renamed if n.startswith(prefix)) for kind, prefix, i in (
             ("levels", "encoder.down_blocks.", 2), ("layers", "encoder.down_blocks.0.resnets.", 4))}
+        if max(count.values()) > 16:
+            raise ValueError(f"{count['levels']} levels of {count['layers']} layers")
         widths = tuple(len(renamed[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(count["levels"]))
         channels, latents = renamed["encoder.conv_in.weight"].shape[1], renamed["post_quant_conv.weight"].shape[1]
         groups = 32 if all(w % 32 == 0 for w in widths) else math.gcd(*widths)
-        net = Autoencoder(channels, latents, widths, count["layers"], groups)
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        net = build_checked(lambda: Autoencoder(channels, latents, widths, count["layers"], groups), renamed, path)
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: not the KL autoencoder of Stable Diffusion ({type(error).__name__} {error})") from None
-    load_weights(net, renamed, path)
     return net.to(device).eval().requires_grad_(False), file_sha256(path)
 
 

@@ -11,14 +11,15 @@ import argparse
 import datetime
 import hashlib
 import io
+import logging
 import math
 import os
 import pathlib
 import re
-import struct
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 
 import numpy as np
@@ -29,6 +30,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, coefficients, convert, family, interpolate, posterior, solve,
                           time_grid)
 from model import UserError, guided, load_autoencoder, load_model
+
+# About odd files Pillow warns and logs: what matters is whether they can be read.
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,28 +57,32 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def command(main):
     """Run a script's main(): a UserError becomes `file.py: error: ...` (once, from the first process) and exit code 2, a lost
     process the same with exit code 1, Ctrl-C exit code 130."""
-    for stream in (sys.stdout, sys.stderr):  # a name of another alphabet must not end a run
+    for stream in (sys.stdout, sys.stderr):  # names of files may be of another alphabet, or no text at all
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+    def say(text):  # one line, whatever the names of files are made of
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+
     try:
         main()
         wait_for_all()  # nobody leaves while another still talks
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0 or not error.everywhere:
-            print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            say(str(error))
         sys.exit(2)
     except OSError as error:  # a disk that is full, a folder that cannot be written: named, with nothing hidden
         if error.errno is None:
             raise
-        place = "" if error.filename is None else f"{error.filename}: "
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {place}{error.strerror}", file=sys.stderr)
+        say(("" if error.filename is None else f"{error.filename}: ") + error.strerror)
         sys.exit(2)
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         sys.stdout.flush()
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: process {os.environ.get('RANK')}: another process has ended or hangs "
-              f"({str(error).splitlines()[0]}); nothing that was saved is lost, the same command goes on from it", file=sys.stderr, flush=True)
+        say(f"process {os.environ.get('RANK')}: another process has ended or hangs ({str(error).splitlines()[0]}); nothing that was saved is lost, "
+            "the same command goes on from it")
         os._exit(1)  # taking leave of the others would wait for them
     except KeyboardInterrupt:
         print(f"{pathlib.Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -89,10 +98,35 @@ def load_named(flag, path, device):
         net, config = load_model(path, device)
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
-    for name, table in (("interpolant", FAMILIES), ("prediction", PREDICTIONS), ("model", None)):
-        if name not in config or (table and config[name] not in table):
-            raise UserError(f"{flag} {path}: its {name} {config.get(name)} is unknown here")
+    try:
+        odd = odd_value(config)
+    except (KeyError, TypeError, AttributeError):  # of its parts
+        odd = "student"
+    if odd:
+        raise UserError(f"{flag} {path}: its {odd} {str(config.get(odd))[:60]} is unknown here")
     return net, config
+
+
+def odd_value(config):
+    """The first name in a checkpoint's configuration, its network aside, whose value no trainer writes, or None."""
+    def within(value, low, high=1e300):
+        return isinstance(value, (int, float)) and low <= value <= high
+    reference, latent, network = config.get("reference"), config.get("latent"), config["network"]
+    joined = 0 if reference in (None, "unpaired") else network["channels"]  # channels of x1 that the network sees
+    sound = {
+        "model": isinstance(config.get("model"), str),
+        "interpolant": config.get("interpolant") in list(FAMILIES),
+        "prediction": config.get("prediction") in list(PREDICTIONS),
+        "gamma_scale": within(config.get("gamma_scale", 1.0), 1e-300),
+        "reference": reference in (None, "paired", "unpaired", *DEGRADATIONS) and network.get("reference_channels", 0) == joined,
+        "reference_source": reference is None or isinstance(config.get("reference_source"), str),
+        "data": reference is None or isinstance(config.get("data"), str),
+        "latent": latent is None or (isinstance(latent, dict) and isinstance(latent.get("autoencoder"), (str, type(None)))
+                                     and isinstance(latent.get("image_size"), int)),
+        "student": "student" not in config or (within(config["student"]["cfg_scale"], 0)
+                                               and all(within(t, 1e-300, 1) for t in student_times(config))),
+    }
+    return next((name for name in sound if not sound[name]), None)
 
 
 def check_writable(flag, folder):
@@ -197,7 +231,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def image_files(label, folder):
     """Every image below the folder, in order. Raises UserError, which begins with label, where there is none."""
-    files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    def stop(error):  # a folder that cannot be listed is not one without images
+        raise error
+    found = (pathlib.Path(place, name) for place, _, names in os.walk(folder, onerror=stop) for name in names)
+    files = sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
         raise UserError(f"{label}: no images in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -207,11 +244,24 @@ IMAGE_NAMES = (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))
 REFERENCE_NAMES = (("x1", "y1"), *IMAGE_NAMES)
 
 
+def check_archive(path):
+    """ValueError where a zip claims to unpack to more than 256 MiB and 100 times its size: images do not, files made to fill the memory do.
+    BadZipFile where its directory is damaged: labels must not go missing unseen."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            archive.open(member).close()  # compares the directory's name with the member's own
+            if b"PK\1\2" in member.comment + member.extra:
+                raise zipfile.BadZipFile(f"the entry of {member.filename} swallows the next")
+            if member.file_size > max(1 << 28, 100 * member.compress_size):
+                raise ValueError(f"{member.filename} unpacks {member.compress_size} bytes to {member.file_size}")
+
+
 def read_npz(path, flag="--data", names=IMAGE_NAMES):
     """The first of these pairs that is there -> images (N,H,W,C) uint8 and labels or None."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{flag} {path}: not a readable .npz file")
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as npz:
             found = next((pair for pair in names if pair[0] in npz), None)
             if found is None:
@@ -237,21 +287,31 @@ def read_npz(path, flag="--data", names=IMAGE_NAMES):
     return images, labels
 
 
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # whatever a file is named: none of them starts another program
+
+
 def read_image(path, size=None):
     """Any image file -> (H,W,3) uint8, turned upright and, with size, centre-cropped and resized to a square.
 
-    Grey, palette and CMYK are converted, 16 bits are scaled to 8. Raises OSError or ValueError for a broken file."""
+    Grey, palette and CMYK are converted, 16 bits are scaled to 8. Raises OSError for a broken file, or one of more pixels than Pillow
+    thinks safe."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if not 0 < image.width * image.height <= Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, at most {Image.MAX_IMAGE_PIXELS} in all are read")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":
                 pixels = np.asarray(image, np.float64)
+                if not np.isfinite(pixels).all():
+                    raise ValueError("pixels that are not finite")
                 pixels = pixels * (255 / 65535) if image.mode.startswith("I") else pixels * (255 if pixels.max() <= 1 else 1)
                 image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
             image = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
-    except (SyntaxError, Image.DecompressionBombError, EOFError, IndexError, TypeError, struct.error) as error:
-        raise OSError(str(error)) from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged image can fail in any way
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def read_images(flag, path, side, channels):
@@ -268,7 +328,7 @@ def read_images(flag, path, side, channels):
     for file in [path] if path.is_file() else image_files(f"{flag} {path}", path):
         try:
             image = read_image(file)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(f"{flag} {path}: {file} cannot be read ({error})") from None
         if image.shape[:2] != (side, side) or channels not in (1, 3):
             raise UserError(f"{flag} {path}: {file} is {image.shape[1]}x{image.shape[0]}, the checkpoint works on {side}x{side}x{channels}")

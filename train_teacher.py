@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -108,30 +109,49 @@ CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", 17005
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 
 
-def read_idx(path):
-    """A gzipped IDX file of unsigned bytes, MNIST's format -> uint8 array."""
+def gunzip(path, most=1 << 28):
+    """The whole content of a .gz file, its CRC checked. What swells to more than 256 MiB is none of these data sets."""
     with gzip.open(path) as f:
-        content = f.read()
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, 4)
+        content = f.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most} bytes inside")
+    return content
+
+
+def read_idx(path, dimensions):
+    """A gzipped IDX file of unsigned bytes, MNIST's format -> uint8 array."""
+    content = gunzip(path)
+    if content[:4] != bytes([0, 0, 8, dimensions]):
+        raise ValueError(f"begins with {content[:4].hex()}")
+    shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def read_idx_set(name, data_dir):
     address, files = IDX_FILES[name]
-    images, labels = (read_idx(download(address + file, pathlib.Path(data_dir, name, file), sha256, size))
-                      for file, size, sha256 in files)
+    paths = [download(address + file, pathlib.Path(data_dir, name, file), sha256, size) for file, size, sha256 in files]
+    try:
+        images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+        if len(images) != len(labels) or 0 in images.shape:
+            raise ValueError(f"images of shape {images.shape}, {len(labels)} labels")
+    except Exception as error:  # a damaged file can fail in any way
+        raise UserError(f"--data {name}: {paths[0]} or {paths[1].name} is damaged ({error}); delete both, and they are fetched again") from None
     return images[..., None], labels
 
 
 def read_cifar10(data_dir):
     """The binary version: records of one label byte and 3x32x32 pixels in five training files inside the archive."""
     address, size, sha256 = CIFAR10_FILE
-    records = []
-    with tarfile.open(download(address, pathlib.Path(data_dir, "cifar10", "cifar-10-binary.tar.gz"), sha256, size)) as archive:
-        for i in range(1, 6):
-            content = archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
-            records.append(np.frombuffer(content, np.uint8).reshape(-1, 3073))
+    path, records = download(address, pathlib.Path(data_dir, "cifar10", "cifar-10-binary.tar.gz"), sha256, size), []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(gunzip(path))) as archive:  # nothing is unpacked to the disk
+            for i in range(1, 6):
+                member = archive.getmember(f"cifar-10-batches-bin/data_batch_{i}.bin")
+                if not member.isreg() or member.issparse() or member.size == 0:  # a link leads elsewhere, a sparse file claims any size
+                    raise ValueError(f"{member.name} is no plain file")
+                records.append(np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073))
+    except Exception as error:  # a damaged archive can fail in any way
+        raise UserError(f"--data cifar10: {path} is damaged ({error}); delete it, and it is fetched again") from None
     records = np.concatenate(records)
     return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
 
@@ -155,12 +175,18 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     if size is None:
         try:
             size = min(read_image(files[0]).shape[:2])
-        except (OSError, ValueError):
+        except OSError:
             raise UserError(f"--data {folder}: {files[0]} cannot be read, say --image_size") from None
     listing = repr([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size])
     cache = pathlib.Path(data_dir, f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy")
     record = cache.with_suffix(".json")
-    if not (cache.is_file() and record.is_file()):
+    try:
+        found = json.loads(record.read_text())
+        images = np.load(cache, mmap_mode="r")
+        whole = found.pop("checksum") == checksum(found) and images.dtype == np.uint8 and images.shape == (len(files), size, size, 3)
+    except Exception:  # not there, or damaged in any way: decode again
+        whole = False
+    if not whole:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(".part")
         images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), size, size, 3))
@@ -168,7 +194,7 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
         for i, file in enumerate(files):
             try:
                 images[len(kept)] = read_image(file, size)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 if not skip_broken:
                     del images
                     part.unlink()
@@ -186,9 +212,9 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
             raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
         images.flush()
         del images
-        record.write_text(json.dumps({"labels": kept, "classes": classes, "source": str(folder)}))
+        found = {"labels": kept, "classes": classes, "source": str(folder)}
+        record.write_text(json.dumps({**found, "checksum": checksum(found)}))
         part.replace(cache)
-    found = json.loads(record.read_text())
     images = np.load(cache, mmap_mode="r")[:len(found["labels"])]
     return images, np.array(found["labels"], np.int64) if found["classes"] else None
 
@@ -209,7 +235,7 @@ def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, de
         def read(i):
             try:
                 return read_image(files[i], image_size)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 problem = UserError(f"--data {data}: {files[i]} cannot be read ({error}); mend or delete it")
                 problem.everywhere = False
                 raise problem from None
@@ -219,9 +245,10 @@ def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, de
         if images.shape[3] not in (1, 3):
             raise UserError(f"--data {data}: {images.shape[3]} channels, an autoencoder reads 1 or 3")
         listing, read = hashlib.sha256(images.tobytes()).hexdigest(), lambda i: np.repeat(images[i], 3 // images.shape[3], -1)
+    labels = np.zeros(n, np.int64) if labels is None else labels
     side, c = image_size // autoencoder.factor, autoencoder.latents
     record = {"count": n, "shape": [n, 2, 2, c, side, side], "dtype": "float16", "source": str(data), "listing": listing, "image_size": image_size,
-              "crop": "centre", "autoencoder": sha256, "num_classes": num_classes}
+              "crop": "centre", "autoencoder": sha256, "num_classes": num_classes, "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
 
     def begin():  # once, by the first process
         check_writable("--cache_latents", directory)
@@ -236,11 +263,16 @@ def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, de
             raise UserError(f"--cache_latents {directory}: holds other files; choose another folder")
         np.lib.format.open_memmap(directory / "latents.npy", "w+", np.float16, tuple(record["shape"])).flush()
         np.lib.format.open_memmap(directory / "done.npy", "w+", np.uint8, ((n + CHUNK - 1) // CHUNK,)).flush()
-        np.save(directory / "labels.npy", np.zeros(n, np.int64) if labels is None else labels)
-        (directory / "record.json").write_text(json.dumps({**record, "complete": False}))
+        np.save(directory / "labels.npy", labels)
+        write_record(directory, {**record, "complete": False})
         return True
     first_process(begin, rank, world)
-    latents, done = (np.lib.format.open_memmap(directory / f"{name}.npy", "r+") for name in ("latents", "done"))
+    try:
+        latents, done = (np.lib.format.open_memmap(directory / f"{name}.npy", "r+") for name in ("latents", "done"))
+        if [latents.dtype, list(latents.shape), done.dtype, done.shape] != [np.float16, record["shape"], np.uint8, ((n + CHUNK - 1) // CHUNK,)]:
+            raise ValueError("other shapes")
+    except Exception as error:  # damaged files can fail in any way
+        raise UserError(f"--cache_latents {directory}: latents.npy or done.npy is damaged ({error}); delete the folder and start again") from None
     todo = [k for k in range(rank, len(done), world) if not done[k]]
     began, shown = time.time(), time.time()
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as workers:
@@ -261,35 +293,44 @@ def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, de
     def finish():
         if not np.lib.format.open_memmap(directory / "done.npy", "r").all():
             raise UserError(f"--cache_latents {directory}: some images are not encoded; run the same command again")
-        temporary = directory / "record.tmp"
-        temporary.write_text(json.dumps({**record, "complete": True}, indent=1) + "\n")
-        temporary.replace(directory / "record.json")
+        write_record(directory, {**record, "complete": True})
         return True
     first_process(finish, rank, world)
     return read_latents(directory)
 
 
+def write_record(directory, record):
+    temporary = pathlib.Path(directory, "record.tmp")
+    temporary.write_text(json.dumps({**record, "checksum": checksum(record)}, indent=1) + "\n")
+    temporary.replace(pathlib.Path(directory, "record.json"))
+
+
 def read_record(directory):
+    """The record of cached latents, {} where there is none or it is damaged."""
     try:
         record = json.loads(pathlib.Path(directory, "record.json").read_text())
-        return record if isinstance(record, dict) else {}
-    except (OSError, ValueError):
+        return record if record.pop("checksum") == checksum(record) else {}
+    except Exception:  # a damaged file can fail in any way
         return {}
 
 
 def read_latents(directory):
-    """A folder written by cache_latents -> Images."""
+    """A folder written by cache_latents -> Images. The latents themselves, which may be large, are checked for their shape alone."""
     record = read_record(directory)
     if not record.get("complete"):
-        raise UserError(f"--data {directory}: its latents are incomplete; run the command with --cache_latents again")
+        raise UserError(f"--data {directory}: its latents are incomplete, or their record is damaged; run the command with --cache_latents again")
     try:
         latents = np.load(pathlib.Path(directory, "latents.npy"), mmap_mode="r")
-        labels = np.load(pathlib.Path(directory, "labels.npy"))
+        labels = np.load(pathlib.Path(directory, "labels.npy"), mmap_mode="r")
         known = isinstance(record["image_size"], int) and isinstance(record["autoencoder"], str) and isinstance(record["num_classes"], int)
         if not known or latents.ndim != 6 or list(latents.shape) != record["shape"] or latents.dtype != np.float16 or labels.shape != latents.shape[:1]:
             raise ValueError(f"latents of shape {latents.shape}")
+        labels = np.array(labels)
+        if labels.dtype != np.int64 or hashlib.sha256(labels.tobytes()).hexdigest() != record["labels"] or (
+                labels.min() < 0 or labels.max() >= max(1, record["num_classes"])):
+            raise ValueError("other labels")
         return Images(latents, labels, record["num_classes"], record)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files can fail in any way
         raise UserError(f"--data {directory}: its latents do not fit its record ({error}); delete the folder and make it again") from None
 
 
@@ -544,7 +585,7 @@ class Log:
         self.rank, self.world, self.first, self.began = rank, world, step, time.time()
         self.last_step, self.last_time, self.sums = step, self.began, {}
         if rank == 0 and self.file.exists():  # lines after the checkpoint are about to be written again
-            lines = [line for line in self.file.read_text().splitlines(True) if self.stays(line, step)]
+            lines = [line for line in self.file.read_text(errors="replace").splitlines(True) if self.stays(line, step)]
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text("".join(lines))
             temporary.replace(self.file)
@@ -553,7 +594,7 @@ class Log:
         try:
             record = json.loads(line)
             return record["job"] != self.job or record["step"] <= step
-        except (ValueError, TypeError, KeyError):  # cut off by a crash, or nobody's
+        except (ValueError, TypeError, KeyError, RecursionError):  # cut off by a crash, or nobody's
             return False
 
     def add(self, **values):
@@ -611,11 +652,11 @@ def resume(path, args, defaults, name, needs, say=print):
     if args.fresh or not pathlib.Path(path).exists():
         return None
     state = load_checkpoint(path)
-    if not {"flags", "step", *needs} <= state.keys():
+    if not {"flags", "step", *needs} <= state.keys() or not isinstance(state["flags"], dict) or not isinstance(state["step"], int):
         raise UserError(f"--out {args.out}: {path} is no {name} run; choose another --out, or start over with --fresh")
     changed = {flag: (getattr(args, flag, None), was) for flag, was in {**defaults, **state["flags"]}.items()
                if flag not in FREE_FLAGS and getattr(args, flag, None) != was}
-    mixed = [f"--{flag} {now}: {path} was made with --{flag} {was}" for flag, (now, was) in changed.items() if flag not in TUNED_FLAGS]
+    mixed = [f"--{flag} {now}: {path} was made with --{flag} {str(was)[:200]}" for flag, (now, was) in changed.items() if flag not in TUNED_FLAGS]
     if mixed:
         also = ", ".join(line.split(":")[0] for line in mixed[1:])
         raise UserError(mixed[0] + (f" (other too: {also})" if also else "") + "; repeat its flags, choose another --out, or start over with --fresh")
@@ -630,6 +671,19 @@ def check_same_data(state, data, path, flag):
     """The checkpoint at path must have been made with these images."""
     if state and state.get("data") not in (None, data.fingerprint()):
         raise UserError(f"--data {flag}: these are not the images that {path} was made with; choose another --out, or start over with --fresh")
+
+
+def load_moments(optimizer, state, path):
+    """The optimizer's state out of a checkpoint. Raises UserError where it belongs to other weights."""
+    try:
+        optimizer.load_state_dict(state)
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, row in state["state"].items():
+            for value in row.values():
+                if not torch.is_tensor(value) or value.shape not in ((), weights[i].shape):
+                    raise ValueError("a moment of another shape")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path}: its optimizer does not fit its weights ({type(error).__name__}: {error}); start over with --fresh") from None
 
 
 def check_batch(batch, world, accum=1):
@@ -771,7 +825,7 @@ def main():
     if state:
         load_weights(net, state["model"], out / "teacher.pt")
         load_weights(ema, state["ema"], out / "teacher.pt")
-        optimizer.load_state_dict(state["optimizer"])
+        load_moments(optimizer, state["optimizer"], out / "teacher.pt")
         step = state["step"]
         say(f"going on from iteration {step} of {out / 'teacher.pt'}")
     if args.compile:
