@@ -26,7 +26,7 @@ from conftest import ROOT, SMALL
 import fid
 import train_teacher
 from interpolants import FAMILIES
-from model import Autoencoder, SiT, UserError, load_checkpoint, save_checkpoint
+from model import Autoencoder, SiT, UserError, check_tensors, load_checkpoint, save_checkpoint
 from sample import read_image
 from test_released import write_safetensors
 
@@ -301,6 +301,12 @@ def test_odd_weights(refused, name, checked):
     weights = weights() if callable(weights) else weights
     torch.save({"config": {"network": NETWORK}, "ema": weights, **({"checksum": "0"} if checked else {})}, "x.pt")
     refused("sample", "--ckpt", "x.pt", *CPU, says=("x.pt", "damaged" if checked else says))
+
+
+def test_structures_are_counted_while_they_unfold():
+    """Not once the memory is full."""
+    with pytest.raises(ValueError, match="a million values"):
+        check_tensors(laughs())
 
 
 def test_weights_of_another_kind(refused):
