@@ -670,6 +670,8 @@ def load_autoencoder(path, device="cpu"):
             raise ValueError(f"{count['levels']} levels of {count['layers']} layers")
         widths = tuple(len(renamed[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(count["levels"]))
         channels, latents = renamed["encoder.conv_in.weight"].shape[1], renamed["post_quant_conv.weight"].shape[1]
+        if 0 in (channels, latents, *widths):
+            raise ValueError(f"a width of 0 among {channels}, {latents}, {widths}")
         groups = 32 if all(w % 32 == 0 for w in widths) else math.gcd(*widths)
         net = build_checked(lambda: Autoencoder(channels, latents, widths, count["layers"], groups), renamed, path)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:

@@ -26,7 +26,7 @@ from conftest import ROOT, SMALL
 import fid
 import train_teacher
 from interpolants import FAMILIES
-from model import Autoencoder, SiT, UserError, load_checkpoint, save_checkpoint
+from model import Autoencoder, SiT, UserError, check_tensors, load_checkpoint, save_checkpoint
 from sample import read_image
 from test_released import write_safetensors
 
@@ -228,7 +228,7 @@ CONFIGS = [
     *({"interpolant": value} for value in (5, None, [], {}, "straight")), *({"prediction": value} for value in (5, None, [], {}, "future")),
     {"model": 5}, {"model": None}, *({"gamma_scale": value} for value in (float("nan"), "1", -1, 0, [1])),
     *({"reference": value} for value in ("paired", "unpaired", "magic", 5, [], {"a": 1})),
-    {"reference": "unpaired", "reference_source": "a", "data": 5},
+    {"reference": "unpaired", "reference_source": "a", "data": 5}, {"reference": "paired", "reference_source": "a"},
     *({"latent": value} for value in (5, [], {}, "x", {"autoencoder": 5}, {"image_size": 8, "autoencoder": 5})),
     *({"student": value} for value in (5, None, [], {}, {"cfg_scale": "1", "times": [0.5]})),
     *({"student": {"cfg_scale": 1.0, **value}}
@@ -243,7 +243,13 @@ def test_monstrous_configurations_are_refused(refused):
         save_checkpoint("x.pt", {"config": {**base, **change} if isinstance(change, dict) else change, "ema": weights})
         line = refused(*(("sample", "--ckpt") if i % 2 else ("distill", "--teacher_ckpt")), "x.pt", *CPU, says="x.pt")
         assert "damaged" not in line and len(line) < 500, (change, line)
-    print(f"counts: hostile configurations {len(CONFIGS)} files")
+        assert not isinstance(change, dict) or "network" in change or "is unknown here" in line, (change, line)
+    save_checkpoint("x.pt", {"config": {**BRIDGE, "reference": "magic"}, "ema": SiT(**BRIDGE["network"]).state_dict()})
+    refused("sample", "--ckpt", "x.pt", *CPU, says="reference magic is unknown here")
+    short = {"size": "XXS", "patch": 4, "image_size": 8}  # the defaults would serve the network, but not what reads the sizes later
+    save_checkpoint("x.pt", {"config": {**base, "network": short}, "ema": SiT(**short).state_dict()})
+    refused("sample", "--ckpt", "x.pt", *CPU, says="sizes that are missing")
+    print(f"counts: hostile configurations {len(CONFIGS) + 2} files")
 
 
 def test_networks_are_compared_before_they_are_made(refused, monkeypatch):
@@ -295,6 +301,12 @@ def test_odd_weights(refused, name, checked):
     weights = weights() if callable(weights) else weights
     torch.save({"config": {"network": NETWORK}, "ema": weights, **({"checksum": "0"} if checked else {})}, "x.pt")
     refused("sample", "--ckpt", "x.pt", *CPU, says=("x.pt", "damaged" if checked else says))
+
+
+def test_structures_are_counted_while_they_unfold():
+    """Not once the memory is full."""
+    with pytest.raises(ValueError, match="a million values"):
+        check_tensors(laughs())
 
 
 def test_weights_of_another_kind(refused):
@@ -488,7 +500,8 @@ def test_safetensors_that_do_harm(refused):
                "nan": entry(first, shape=[float("nan")])}
     for name, change in changes.items():
         write_safetensors("x.safetensors", net, change)
-        refused("train_teacher", *TRAIN, "--vae", "x.safetensors", says=("x.safetensors: not a safetensors file", "claims bytes" if name == "more" else ""))
+        says = ("x.safetensors: not a safetensors file", "claims bytes" if name == "more" else "")
+        refused("train_teacher", *TRAIN, "--vae", "x.safetensors", says=says)
 
     def write(text, body=b""):
         pathlib.Path("x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
@@ -511,7 +524,7 @@ def test_autoencoders_that_ask_for_too_much(refused):
     block = "encoder.down_blocks.0.resnets.0.conv1.weight"
     rows = [({f"encoder.down_blocks.0.resnets.{10 ** 7}.x": torch.zeros(1)}, "10000001 layers"),
             ({"encoder.down_blocks.999.x": torch.zeros(1)}, "1000 levels"),
-            ({block: torch.zeros(30000, 1, 1, 1)}, "do not fit"), ({block: torch.zeros(0, 1)}, "do not fit"),
+            ({block: torch.zeros(30000, 1, 1, 1)}, "do not fit"), ({block: torch.zeros(0, 1)}, "a width of 0"),
             ({"encoder.conv_in.weight": torch.zeros(1, 10 ** 5)}, "do not fit"),
             ({"encoder.conv_in.weight": torch.zeros(())}, "not the KL autoencoder"),
             ({7: torch.zeros(1)}, "not the KL autoencoder"), ({block: "text"}, "do not fit"),
