@@ -16,18 +16,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes each; run with -m slow, left out otherwise")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
-    config.counts = []
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    for line in config.counts:
-        terminalreporter.write_line(f"counted: {line}")
+COUNTS = {}
 
 
-@pytest.fixture
-def count(request):
-    """count("50 kills"): a line that pytest prints at its end, for the promises of the README."""
-    return request.config.counts.append
+def count(what, number=None):
+    """A line that pytest prints at its end, for the promises of the README; numbers of the same thing are added up."""
+    COUNTS[what] = None if number is None else COUNTS.get(what, 0) + number
+
+
+def pytest_terminal_summary(terminalreporter):
+    for what, number in COUNTS.items():
+        terminalreporter.write_line("counted: " + (what if number is None else f"{number} {what}"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SMALL, inception_weights  # noqa: F401  (puts the project on the path)
+from conftest import SMALL, count, inception_weights
 import fid
 import train_teacher
 from model import Autoencoder, SiT, UserError, load_autoencoder, load_checkpoint, load_model, save_checkpoint
@@ -236,9 +236,9 @@ def damaged(whole):
     rng = np.random.default_rng(len(whole))
     for length in rng.integers(0, len(whole), CUTS):
         yield whole[:length]
-    for count in [1] * FLIPS + [100] * MANY:
+    for flips in [1] * FLIPS + [100] * MANY:
         copy = bytearray(whole)
-        for where in rng.integers(0, len(whole), count):
+        for where in rng.integers(0, len(whole), flips):
             copy[where] ^= 1 << int(rng.integers(8))
         yield bytes(copy)
 
@@ -292,7 +292,9 @@ def outcomes(tmp_path_factory):
 def test_damaged_files(outcomes, name):
     said = (outcomes / f"{name}.txt").read_text()
     assert re.fullmatch(r"100 cuts 300 flips, \d+ refused, \d+ read right\n", said), said  # no traceback, no warning
-    print(f"counts: damage {name} {said.strip()}")
+    refused, right = map(int, re.findall(r"(\d+) re", said))
+    count(f"files damaged ({CUTS} cuts, {FLIPS} flips and {MANY} copies with many, of each of {len(FORMATS)} formats), refused in one line", refused)
+    count("of them read right", right)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def test_damaged_files_on_the_command_line(refused, images, small_teacher, incep
     for content in copies:
         pathlib.Path(file).write_bytes(content)
         refused(script, *(file if flag == "FILE" else flag for flag in flags), says=pathlib.Path(file).name)
-    print(f"counts: damage {name}: {len(copies)} files, all refused")
+    count("damaged files on the command line, refused", len(copies))
 
 
 if __name__ == "__main__":

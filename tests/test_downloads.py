@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import model
-from conftest import ROOT
+from conftest import ROOT, count
 from model import UserError, download
 from sample import command
 
@@ -28,9 +28,9 @@ FAULTS = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def counted(request):
+def counted():
     yield
-    request.config.counts.append(f"downloads: {len(FAULTS)} faults of servers")
+    count("faults of servers while downloading", len(FAULTS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 import distill
 import train_teacher
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, count
 from model import UserError, checksum, load_checkpoint, save_checkpoint
 from test_runs import ENVIRONMENT, same, weights
 
@@ -104,7 +104,7 @@ def flags(images, small_teacher):
 
 @JOBS
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(nursery, flags, tmp_path, count, job, kills):
+def test_killed_at_random_moments(nursery, flags, tmp_path, job, kills):
     """SIGKILL again and again, each restart goes on from the last complete checkpoint; the final weights are those of an undisturbed
     run, bit for bit."""
     flags = (*flags[job], "--iters", 16 * kills, "--save_every", 2, "--sample_every", 7)
@@ -232,7 +232,7 @@ def test_torchrun_is_stopped(nursery, flags, tmp_path, job, number):
 
 @needs_proc
 @pytest.mark.parametrize("job, rank", [("train_teacher", 0), ("distill", 1)])
-def test_a_dead_process_ends_the_others_and_max_restarts_goes_on(flags, tmp_path, count, job, rank):
+def test_a_dead_process_ends_the_others_and_max_restarts_goes_on(flags, tmp_path, job, rank):
     """Within 60 s, with a line of the survivor's. With --max_restarts 1 the run ends as if nothing had happened."""
     flags = (*flags[job], "--sample_every", 1000, "--save_every", 5, "--iters", 60)
     whole = Torchrun(tmp_path, job, *flags, "--out", tmp_path / "whole")
@@ -256,7 +256,7 @@ def test_a_dead_process_ends_the_others_and_max_restarts_goes_on(flags, tmp_path
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("job, rank", [("train_teacher", 1), ("distill", 0)])
-def test_a_hanging_process_is_given_up(flags, tmp_path, count, job, rank):
+def test_a_hanging_process_is_given_up(flags, tmp_path, job, rank):
     """SIGSTOP: the other waits for --timeout seconds, then torchrun ends both (it leaves a process 30 s to follow its SIGTERM)."""
     run = Torchrun(tmp_path, job, *flags[job], "--sample_every", 1000, "--save_every", 5, "--iters", 100000, "--timeout", 5, "--out", tmp_path / "run")
     workers = run.reach(" 7/100000 ")
@@ -433,7 +433,7 @@ def test_other_data_of_the_same_name_are_noticed(script, refused, flags, images,
 
 @needs_proc
 @pytest.mark.slow
-def test_twenty_thousand_iterations(tmp_path_factory, images, count):
+def test_twenty_thousand_iterations(tmp_path_factory, images):
     """Both trainers side by side: memory flat, files closed, a log of bounded lines."""
     nurseries = {job: Nursery(tmp_path_factory.mktemp(job)) for job in FILES}
     small = ("--batch", 2, "--device", "cpu", "--save_every", 5000, "--sample_every", 5000, "--iters")

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, count
 import fid
 import train_teacher
 from interpolants import FAMILIES
@@ -115,7 +115,7 @@ def test_no_pickle_is_run(refused, small_teacher, place):
         write(pathlib.Path(file))
         line = refused(script, *flags, says=file)
         assert "executed" in line or "not a" in line, (kind, line)
-    print(f"counts: hostile {place} {len(CHECKPOINTS)} files")
+    count("hostile files, refused in one line", len(CHECKPOINTS))
 
 
 def object_npz(**arrays):
@@ -158,7 +158,7 @@ def test_no_object_array_is_run(refused, place):
     for kind in kinds:
         ARRAYS[kind](pathlib.Path("x.npz"))
         refused(script, *flags, says="x.npz")
-    print(f"counts: hostile {place} {len(kinds)} files")
+    count("hostile files, refused in one line", len(kinds))
 
 
 ENTRIES = {"pickle": lambda path: path.write_bytes(pickle.dumps(Malice(), 2)), "objects": lambda path: np.save(open(path, "wb"), evil),
@@ -187,7 +187,7 @@ def test_no_cache_of_latents_is_run(refused, script, name):
         record = {**train_teacher.read_record("cache"), "num_classes": classes, "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
         train_teacher.write_record("cache", record)
         refused("train_teacher", "--data", "cache", *TRAIN, "--fresh", says="other labels")
-    print(f"counts: hostile {name} {2 * len(ENTRIES) + 3} files")
+    count("hostile files, refused in one line", 2 * len(ENTRIES) + 3)
 
 
 def test_a_foreign_cache_of_a_folder_is_made_again():
@@ -205,7 +205,7 @@ def test_a_foreign_cache_of_a_folder_is_made_again():
             write(file)
             again, same = train_teacher.read_folder(pathlib.Path("set"), 8, "cache")
             assert (again == whole).all() and list(same) == list(labels)
-    print(f"counts: hostile decoded folder {2 * len(ENTRIES) + 3} files")
+    count("hostile files, refused in one line", 2 * len(ENTRIES) + 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_monstrous_configurations_are_refused(refused):
     short = {"size": "XXS", "patch": 4, "image_size": 8}  # the defaults would serve the network, but not what reads the sizes later
     save_checkpoint("x.pt", {"config": {**base, "network": short}, "ema": SiT(**short).state_dict()})
     refused("sample", "--ckpt", "x.pt", *CPU, says="sizes that are missing")
-    print(f"counts: hostile configurations {len(CONFIGS) + 2} files")
+    count("hostile files, refused in one line", len(CONFIGS) + 2)
 
 
 def test_networks_are_compared_before_they_are_made(refused, monkeypatch):
@@ -374,7 +374,7 @@ def test_released_weights_of_odd_shapes(refused):
     for change in rows:
         torch.save({**state, **change}, "SiT.pt")
         refused("sample", "--ckpt", "SiT.pt", *CPU, says="SiT.pt")
-    print(f"counts: hostile released weights {len(rows)} files")
+    count("hostile files, refused in one line", len(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_arrays_that_claim_too_much(refused, job, flags):
         with zipfile.ZipFile("x.npz", "w") as archive:
             archive.writestr("arr_0.npy", content)
         refused(job, *flags, says="x.npz")
-    print(f"counts: hostile arrays {len(files)} files")
+    count("hostile files, refused in one line", len(files))
 
 
 def test_zip_bombs(refused):
@@ -409,7 +409,7 @@ def test_zip_bombs(refused):
                 f.write(bytes(1 << 20))
         refused("fid", "x.npz", "x.npz", *CPU, says="x.npz: not a readable .npz")
         refused("train_teacher", "--data", "x.npz", *TRAIN, says="x.npz: not a readable .npz")
-    print("counts: hostile zip bombs 2 files")
+    count("hostile files, refused in one line", 2)
 
 
 def test_archives_that_climb_out(refused, tmp_path):
@@ -456,7 +456,7 @@ def test_images_that_claim_too_much(tmp_path):
             read_image(tmp_path / name, 8)
         assert name not in ("warned.png", "nan.tiff") or "9500x9500 pixels" in str(error.value) or "not finite" in str(error.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
-    print(f"counts: hostile images {len(names)} files")
+    count("hostile files, refused in one line", len(names))
 
 
 @pytest.mark.parametrize("warnings", ["default", "error", "ignore"])
@@ -516,7 +516,7 @@ def test_safetensors_that_do_harm(refused):
         f.write((99_999_992).to_bytes(8, "little"))
         f.truncate(100_000_000)
     refused("train_teacher", *TRAIN, "--vae", "x.safetensors", says="header claims")
-    print(f"counts: hostile safetensors {len(changes) + len(texts) + 1} files")
+    count("hostile files, refused in one line", len(changes) + len(texts) + 1)
 
 
 def test_autoencoders_that_ask_for_too_much(refused):
@@ -532,7 +532,7 @@ def test_autoencoders_that_ask_for_too_much(refused):
     for change, says in rows:
         torch.save({**net, **change}, "x.bin")
         refused("train_teacher", *TRAIN, "--vae", "x.bin", says=("x.bin", says))
-    print(f"counts: hostile autoencoders {len(rows)} files")
+    count("hostile files, refused in one line", len(rows))
 
 
 def test_inception_weights_that_ask_for_too_much(refused, inception):
@@ -544,7 +544,7 @@ def test_inception_weights_that_ask_for_too_much(refused, inception):
         torch.save({**state, **change}, "x.pth")
         says = f"{name} has shape (1, 100000, 1, 1)" if len(change) > 1 else "not the Inception"
         refused("fid", "a.npz", "a.npz", "--weights", "x.pth", "--allow_rank_poor", *CPU, says=("x.pth", says))
-    print(f"counts: hostile Inception weights {len(rows)} files")
+    count("hostile files, refused in one line", len(rows))
 
 
 def test_statistics_of_the_largest_numbers(refused, monkeypatch):
@@ -588,7 +588,7 @@ def test_mnist_files_that_lie(refused, monkeypatch):
         files = [table("data/mnist/images.gz", images), table("data/mnist/labels.gz", numbers)]
         monkeypatch.setitem(train_teacher.IDX_FILES, "mnist", ("http://127.0.0.1:1/", files))
         refused("train_teacher", "--data", "mnist", *TRAIN, says=("--data mnist", "bytes inside" if len(images) > 10 ** 6 else "damaged"))
-    print(f"counts: hostile idx {len(rows)} files")
+    count("hostile files, refused in one line", len(rows))
 
 
 def test_cifar10_archives_that_do_harm(refused, tmp_path, monkeypatch):
@@ -623,7 +623,7 @@ def test_cifar10_archives_that_do_harm(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(train_teacher, "CIFAR10_FILE", ("http://127.0.0.1:1/", *row))
     assert len(train_teacher.load_images("cifar10").images) == 5
     assert not (tmp_path.parent / "executed").exists() and not (tmp_path.parent.parent / "executed").exists()
-    print(f"counts: hostile tar {len(links + kinds + sparse + rest) + 1} files")
+    count("hostile files, refused in one line", len(links + kinds + sparse + rest) + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -710,7 +710,8 @@ def test_logs_and_locks_of_others(refused, script, images):
     code, _, err = script("train_teacher", "--data", images, *TRAIN)
     assert code == 0, err
     assert [json.loads(line)["step"] for line in pathlib.Path("out/log.jsonl").read_text().splitlines()] == [1]
-    train_teacher.lock.held.close()
+    os.close(train_teacher.lock.held)
+    train_teacher.lock.held = None
     pathlib.Path("out/lock").write_bytes(b"process \xff\n\x1b[2J of another\n")
     with open("out/lock") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
