@@ -233,7 +233,12 @@ def image_files(label, folder):
     """Every image below the folder, in order. Raises UserError, which begins with label, where there is none."""
     def stop(error):  # a folder that cannot be listed is not one without images
         raise error
-    found = (pathlib.Path(place, name) for place, _, names in os.walk(folder, onerror=stop) for name in names)
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(folders) if real not in seen else []  # links are followed, but no folder is read twice: they may form a loop
+        found += [pathlib.Path(place, name) for name in names if real not in seen]
+        seen.add(real)
     files = sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
         raise UserError(f"{label}: no images in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")

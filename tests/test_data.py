@@ -224,3 +224,13 @@ def test_noise_is_the_same_for_any_number_of_processes():
 def test_pixels_go_from_minus_one_to_one():
     x = to_device(np.array([[[[0]], [[255]]]], np.uint8), torch.device("cpu"))
     assert x.shape == (1, 1, 2, 1) and x.flatten().tolist() == [-1.0, 1.0]
+
+
+def test_class_folders_may_be_links(tmp_path):
+    rng = np.random.default_rng(0)
+    for place in ("elsewhere/one", "set/two"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / place / "x.png")
+    (tmp_path / "set" / "one").symlink_to(tmp_path / "elsewhere" / "one")
+    found = load_images(str(tmp_path / "set"), tmp_path / "cache")
+    assert found.num_classes == 2 and found.labels.tolist() == [0, 1]
