@@ -255,18 +255,21 @@ def test_a_dead_process_ends_the_others_and_max_restarts_goes_on(flags, tmp_path
 
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("job, rank", [("train_teacher", 1), ("distill", 0)])
-def test_a_hanging_process_is_given_up(flags, tmp_path, job, rank):
+def test_a_hanging_process_is_given_up(flags, tmp_path_factory):
     """SIGSTOP: the other waits for --timeout seconds, then torchrun ends both (it leaves a process 30 s to follow its SIGTERM)."""
-    run = Torchrun(tmp_path, job, *flags[job], "--sample_every", 1000, "--save_every", 5, "--iters", 100000, "--timeout", 5, "--out", tmp_path / "run")
-    workers = run.reach(" 7/100000 ")
-    os.kill(workers[rank], signal.SIGSTOP)
-    began = time.time()
-    assert run.process.wait(90) != 0
-    took = time.time() - began
-    assert f"process {1 - rank}: another process has ended or hangs" in run.said() and not any(map(alive, workers.values()))
-    assert load_checkpoint(tmp_path / "run" / FILES[job])["step"] >= 5
-    count(f"{job}: both processes ended {took:.0f} s after one hung, with --timeout 5")
+    hung = []
+    for job, rank in (("train_teacher", 1), ("distill", 0)):
+        folder = tmp_path_factory.mktemp(job)
+        run = Torchrun(folder, job, *flags[job], "--sample_every", 1000, "--save_every", 5, "--iters", 100000, "--timeout", 5, "--out", folder / "run")
+        workers = run.reach(" 7/100000 ")
+        os.kill(workers[rank], signal.SIGSTOP)
+        hung.append((job, rank, folder, run, workers, time.time()))
+    for job, rank, folder, run, workers, began in hung:
+        assert run.process.wait(90) != 0
+        took = time.time() - began
+        assert f"process {1 - rank}: another process has ended or hangs" in run.said() and not any(map(alive, workers.values()))
+        assert load_checkpoint(folder / "run" / FILES[job])["step"] >= 5
+        count(f"{job}: both processes ended {took:.0f} s after one hung, with --timeout 5")
 
 
 @needs_proc

@@ -162,7 +162,7 @@ def test_fact_5_realuid_holds_the_gap_and_rests_at_the_data(row):
         value = realuid(path, t, lambda x: p + q * x, data, data, alpha_r, beta_r)
         torch.testing.assert_close(gradients(value, p, q), torch.zeros(2).double(), atol=1e-9, rtol=0)
         moved = realuid(path, t, lambda x: 0.1 - 0.2 * x, data, data, alpha_r, beta_r)
-        assert float(moved) < float(value)
+        assert float(moved.detach()) < float(value.detach())
 
 
 def test_fact_6_units_of_a_bridge_that_sees_x1():
