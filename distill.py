@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from interpolants import check_log_snr, convert, family, interpolate, loss_weight, prediction_scale, time_of_noise_ratio
 from model import UserError, build_model, checksum, ema_update, frozen_copy, guided, load_weights, save_checkpoint
-from sample import (Parser, check_interval, command, decoder, enlarge, first_process, generator, grid, load_named, number, one_of, one_step,
-                    path_of, save_picture, start_processes, step_input, to_device, to_uint8)
+from sample import (Parser, check_interval, command, decoder, enlarge, first_process, from_first, generator, grid, load_named, number, one_of, one_step,
+                    path_of, save_picture, start_processes, step_input, to_device, to_uint8, wait_for_all)
 from train_teacher import (Log, StopSignal, check_batch, check_same_data, count_skipped, draw_noise, gather_optimizer, keep, learning_rate, load_images,
                            load_moments, load_reference, lock, make_optimizer, optimizer_step, precision, regression_loss, resume, write_flags)
 
@@ -218,7 +218,7 @@ def main():
     rank, world, device = start_processes(args.device, args.timeout)
     check_batch(args.batch, world, args.accum)
     out = pathlib.Path(args.out)
-    if out.is_dir():  # a new folder is made and locked when there is something to write
+    if from_first(out.is_dir()):  # a new folder is made and locked when there is something to write
         first_process(lambda: lock(out), rank, world)
     torch.set_float32_matmul_precision("high")
     say = print if rank == 0 else lambda *_: None
@@ -260,7 +260,7 @@ def main():
     args.data = args.data or (config["data"] if kind else None)
     args.reference = args.reference or (config["reference_source"] if kind else None)
     state = resume(out / "resume.pt", args, defaults, "distillation", ("student", "critic", "averages", "optimizers", "teacher"), say)
-    data, reference = None, None
+    data, reference, fingerprint = None, None, None
     if args.data:
         def load():
             side = None if config.get("latent") else config["network"]["image_size"]
@@ -271,11 +271,14 @@ def main():
             raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, the teacher has "
                             f"{config['network']['image_size']}x{config['network']['image_size']}x{teacher.channels} and {teacher.num_classes}")
 
-        check_same_data(state, data, out / "resume.pt", args.data)
+        wait_for_all()
+        fingerprint = data.fingerprint()
+        check_same_data(state, fingerprint, out / "resume.pt", args.data)
 
         def load_ref():
             return load_reference(args.reference, data.images, args.data_dir, say)
         reference = (first_process(load_ref, rank, world) or load_ref()) if kind else None
+        wait_for_all()
         if data.latent and config.get("latent", {}).get("autoencoder") not in (None, data.latent["autoencoder"]):
             raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
         if reference and reference.kind != kind:
@@ -423,7 +426,7 @@ def main():
                                             "critic": critic.state_dict(), "averages": [net.state_dict() for net in averages],
                                             "optimizers": moments,
                                             "head": head.state_dict() if head else None,
-                                            "data": data.fingerprint() if data else None})
+                                            "data": fingerprint})
         if step % args.save_every == 0:
             save_checkpoint(out / f"student_one_step_{step:07d}.pth", result())
 
@@ -435,8 +438,8 @@ def main():
 
         adversarial = head is not None and step >= args.gan_from
 
-        # The student's samples, with the graph of its own step. It is built once; a critic step uses the same images. With several
-        # steps, one of them, the same for the whole batch, is trained on what those before it have made.
+        # The student's samples, with the graph of its own step. It is built once (with --accum for each piece); a critic step
+        # uses the same images. With several steps, one of them, the same for the whole batch, is trained on what those before it have made.
         last = int(torch.randint(args.student_steps, (), generator=generator(args.seed, step, "step")))
         start, y, noise = draw_start("student", 0)
         with precision(device):  # a context of its own: autocast remembers weights cast without gradient
@@ -521,8 +524,10 @@ def main():
             log.line(step, spread=spread())
         if step % args.sample_every == 0 or step == args.iters:
             keep(picture, out / "distill.png", 0, False)
+            wait_for_all()  # as long as it takes, whatever --timeout says
         if step % args.save_every == 0 or step == args.iters:
             failures = keep(save, out / "resume.pt", failures, step == args.iters)
+            wait_for_all()
         if stop() and step < args.iters:
             keep(save, out / "resume.pt", failures, True)
             stop.leave(step, rank)

@@ -389,7 +389,9 @@ def load_checkpoint(path):
         unsafe = "GLOBAL" in str(error) or "Unsupported class" in str(error) or "operand" in str(error)
         raise UserError(f"{path}: holds Python objects, not just weights; refused, nothing was executed" if unsafe
                         else f"{path}: not a checkpoint") from None
-    except Exception:  # a damaged file can fail in any way
+    except Exception as error:  # a damaged file can fail in any way
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"{path}: there is not enough memory to read it") from None
         raise UserError(f"{path}: not a checkpoint, or cut off before its end, or damaged") from None
     finally:
         if archive:
@@ -471,12 +473,14 @@ def load_weights(net, state, path, assign=False):
 
 
 def build_checked(make, state, path):
-    """make() with these weights. It is made without memory first, to compare the shapes: sizes in a file may ask for any amount of it."""
+    """make() with these weights. It is made without memory and then given them, if their shapes are right: sizes in a file may ask for any
+    amount of it, and random numbers need not be drawn to be overwritten."""
     with torch.device("meta"):
-        load_weights(make(), state, path, assign=True)
-    net = make()
-    load_weights(net, state, path)
-    return net
+        net = make()
+    load_weights(net, state, path, assign=True)
+    if not all(p.is_floating_point() for p in net.parameters()):
+        raise ValueError("weights that are whole numbers")
+    return net.float()
 
 
 def build_model(config):

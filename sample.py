@@ -81,7 +81,7 @@ def command(main):
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         sys.stdout.flush()
-        say(f"process {os.environ.get('RANK')}: another process has ended or hangs ({str(error).splitlines()[0]}); nothing that was saved is lost, "
+        say(f"process {os.environ.get('RANK')}: another process has ended or hangs, or cannot be reached ({' '.join(str(error).split())[:600]}); nothing that was saved is lost, "
             "the same command goes on from it")
         os._exit(1)  # taking leave of the others would wait for them
     except KeyboardInterrupt:
@@ -184,16 +184,28 @@ def start_processes(device="auto", timeout=86400):
         kind = f"cuda:{torch.cuda.current_device()}"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store = None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps one store through its restarts, with the addresses of the dead in it: each attempt gets names of its own
-            # (github.com/pytorch/pytorch/issues/135712).
+            # (github.com/pytorch/pytorch/issues/135712). Several machines do not count attempts alike; the README says what they need.
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         # Both back ends on CUDA: small facts (stop now?) travel by gloo without waiting for the card.
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=timeout),
                                 store=store, rank=rank, world_size=world)
         start_processes.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        start_processes.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     return rank, world, torch.device(kind)
+
+
+start_processes.patient = start_processes.launcher = None
+
+
+def from_first(value):
+    """The first process' value, in all of them."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, group=start_processes.patient)
+    return box[0]
 
 
 def wait_for_all():
@@ -204,16 +216,15 @@ def wait_for_all():
 
 def first_process(action, rank, world):
     """action() in the first process while the others wait -> its result there, None elsewhere. Its UserError is raised in all."""
-    result, problem = None, [None]
+    result = problem = None
     if rank == 0:
         try:
             result = action()
         except UserError as error:
-            problem = [error]
-    if world > 1:
-        dist.broadcast_object_list(problem, group=start_processes.patient)  # a large folder takes long to decode
-    if problem[0]:
-        raise problem[0]
+            problem = error
+    problem = from_first(problem)
+    if problem:
+        raise problem
     return result
 
 
@@ -232,13 +243,21 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 def image_files(label, folder):
     """Every image below the folder, in order. Raises UserError, which begins with label, where there is none."""
     def stop(error):  # a folder that cannot be listed is not one without images
-        raise error
+        raise UserError(f"{label}: {error.filename} cannot be listed ({error.strerror}); mend its permissions or move it away")
+
+    def leads_out(path):  # a link to another part of this folder would read images twice, one to a folder around it would never end
+        root, target = os.path.realpath(folder), os.path.realpath(path)
+        return os.path.commonpath([root, target]) not in (root, target)
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(place)
-        folders[:] = sorted(folders) if real not in seen else []  # links are followed, but no folder is read twice: they may form a loop
-        found += [pathlib.Path(place, name) for name in names if real not in seen]
+        if real in seen:  # links outside may form loops of their own
+            folders.clear()
+            continue
         seen.add(real)
+        paths = [os.path.join(place, name) for name in sorted(folders)]
+        folders[:] = [os.path.basename(p) for p in paths if os.path.basename(p) != "lost+found" and (not os.path.islink(p) or leads_out(p))]
+        found += [pathlib.Path(place, name) for name in names]
     files = sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
         raise UserError(f"{label}: no images in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
@@ -276,7 +295,7 @@ def read_npz(path, flag="--data", names=IMAGE_NAMES):
     except UserError:
         raise
     except Exception as error:  # a damaged archive can fail in any way
-        reason = "holds Python objects, refused" if "allow_pickle" in str(error) else "not a readable .npz file"
+        reason = "holds Python objects, refused" if "allow_pickle" in str(error) else f"not a readable .npz file ({str(error)[:200]})"
         raise UserError(f"{flag} {path}: {reason}") from None
     if not isinstance(images, np.ndarray) or not isinstance(labels, (np.ndarray, type(None))):
         raise UserError(f"{flag} {path}: {', '.join(found)} are not arrays")

@@ -34,7 +34,7 @@ from interpolants import FAMILIES, PREDICTIONS, family, interpolate, loss_weight
 from model import (LATENT_SCALE, UserError, build_model, checksum, download, ema_update, frozen_copy, load_autoencoder, load_checkpoint,
                    load_weights, parse_name, save_checkpoint)
 from sample import (DEGRADATIONS, REFERENCE_NAMES, Parser, check_autoencoder, check_degradation, check_writable, choose_labels, command, degrade,
-                    enlarge, first_process, generate, generator, grid, image_files, minutes, number, one_of, read_image, read_npz, save_picture,
+                    enlarge, first_process, from_first, generate, generator, grid, image_files, minutes, number, one_of, read_image, read_npz, save_picture,
                     start_processes, to_device, wait_for_all)
 
 
@@ -58,9 +58,10 @@ class Images(NamedTuple):
         return self.images.shape[3]
 
     def fingerprint(self):
-        """Tells data sets apart: sizes, labels, and 64 images spread evenly."""
-        rows = np.linspace(0, len(self.images) - 1, 64).astype(np.int64)
-        return checksum([list(self.images.shape), self.num_classes, torch.as_tensor(self.labels), torch.as_tensor(self.images[rows])])
+        """Tells data sets apart: sizes, labels, and the images; 64 of them, spread evenly, where they stay on the disk."""
+        rows = np.linspace(0, len(self.images) - 1, 64).astype(np.int64) if isinstance(self.images, np.memmap) else slice(None)
+        parts = [hashlib.sha256(np.ascontiguousarray(part)).hexdigest() for part in (self.labels, self.images[rows])]
+        return checksum([list(self.images.shape), self.num_classes, *parts])
 
     def x0(self, rows, chosen, part, device, *key):
         """What networks see, (b,C,H,W) float32 on the device, of rows = images[chosen[part]]. Latents draw mirror and posterior anew
@@ -254,6 +255,8 @@ def cache_latents(data, directory, autoencoder, sha256, image_size, data_dir, de
         check_writable("--cache_latents", directory)
         if (directory / "record.json").exists():
             made = read_record(directory)
+            if not made:
+                raise UserError(f"--cache_latents {directory}: its record.json is damaged, or of an older version; delete the folder and start again")
             changed = next((key for key in record if key != "source" and made.get(key) != record[key]), None)
             if changed:
                 raise UserError(f"--cache_latents {directory}: was made with another {changed} ({str(made.get(changed))[:40]}, here "
@@ -504,7 +507,7 @@ class StopSignal:
     on a second time). All processes stop at the same iteration."""
 
     def __init__(self):
-        self.number, self.since, self.launcher = 0, 0.0, os.getppid()
+        self.number, self.since = 0, 0.0
         signal.signal(signal.SIGTERM, self.catch)
         signal.signal(signal.SIGINT, self.catch)
 
@@ -516,18 +519,17 @@ class StopSignal:
 
     def __call__(self):
         if dist.is_initialized():
-            if os.getppid() != self.launcher:  # torchrun itself is gone: nobody else would ever stop this process
-                self.number = self.number or signal.SIGTERM
+            if start_processes.launcher not in (None, os.getppid()):  # torchrun itself is gone: nobody else would ever stop this process
+                self.catch(signal.SIGTERM, None)
             flag = torch.tensor(self.number)  # on the CPU: travels by gloo
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             if not int(flag):
                 return False  # a signal that came in the meantime is for the next iteration, when all hear of it
-            self.number = int(flag)
+            self.number, self.since = int(flag), self.since or time.monotonic()
         return self.number != 0
 
     def leave(self, step, rank):
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         if rank == 0:
             print(f"stopped after iteration {step}; the same command goes on from here", flush=True)
         sys.exit(130 if self.number == signal.SIGINT else 0)
@@ -545,9 +547,11 @@ def lock(out):
         fcntl.flock(lock.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         return
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"--out {out}: another run is writing there ({os.read(lock.held, 200).decode(errors='replace').strip() or 'process unknown'}); "
                         "wait for it, stop it, or choose another folder") from None
+    except OSError:  # some network file systems have no locks
+        return
     os.ftruncate(lock.held, 0)
     os.write(lock.held, f"process {os.getpid()} on {platform.node()}\n".encode())
 
@@ -642,14 +646,21 @@ def peak_memory(device):
 
 # Flags that may differ between a run and its continuation: those that do not change what is learnt, and those that may be tuned on the way.
 FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir", "skip_broken", "vae", "grad_checkpoint", "shard",
-              "timeout"}
+              "timeout", "accum"}
 TUNED_FLAGS = {"lr", "critic_lr", "gan_lr", "warmup", "decay_from", "weight_decay", "clip"}
 
 
 def resume(path, args, defaults, name, needs, say=print):
     """The checkpoint at path if it continues this command, None if there is none. Raises UserError when a flag differs that would mix two
     runs into one; one that the checkpoint does not know had its default. needs: the keys that such a checkpoint must have."""
-    if args.fresh or not pathlib.Path(path).exists():
+    restarted = from_first(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")  # by torchrun: no longer afresh
+    found = pathlib.Path(path).exists()
+    if found != from_first(found):
+        problem = UserError(f"--out {args.out}: {path} is {'' if found else 'not '}there, otherwise than for the first process: give a folder that all "
+                            "machines share")
+        problem.everywhere = False
+        raise problem
+    if (args.fresh and not restarted) or not found:
         return None
     state = load_checkpoint(path)
     if not {"flags", "step", *needs} <= state.keys() or not isinstance(state["flags"], dict) or not isinstance(state["step"], int):
@@ -667,21 +678,21 @@ def resume(path, args, defaults, name, needs, say=print):
     return state
 
 
-def check_same_data(state, data, path, flag):
-    """The checkpoint at path must have been made with these images."""
-    if state and state.get("data") not in (None, data.fingerprint()):
+def check_same_data(state, fingerprint, path, flag):
+    """The checkpoint at path must have been made with the images of this fingerprint."""
+    if state and state.get("data") not in (None, fingerprint):
         raise UserError(f"--data {flag}: these are not the images that {path} was made with; choose another --out, or start over with --fresh")
 
 
 def load_moments(optimizer, state, path):
     """The optimizer's state out of a checkpoint. Raises UserError where it belongs to other weights."""
     try:
-        optimizer.load_state_dict(state)
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         for i, row in state["state"].items():
             for value in row.values():
                 if not torch.is_tensor(value) or value.shape not in ((), weights[i].shape):
                     raise ValueError("a moment of another shape")
+        optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"{path}: its optimizer does not fit its weights ({type(error).__name__}: {error}); start over with --fresh") from None
 
@@ -765,7 +776,7 @@ def main():
         raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
                         f"{args.batch // (2 * world * args.accum) * 2 * world * args.accum or 2 * world * args.accum} does")
     out = pathlib.Path(args.out)
-    if out.is_dir():  # a new folder is made and locked when there is something to write
+    if from_first(out.is_dir()):  # a new folder is made and locked when there is something to write
         first_process(lambda: lock(out), rank, world)
     say = print if rank == 0 else lambda *_: None
     state = resume(out / "teacher.pt", args, defaults, "teacher's", ("model", "ema", "optimizer"), say)
@@ -783,8 +794,10 @@ def main():
             data = data._replace(labels=np.zeros_like(data.labels), num_classes=0)
     else:
         data = first_process(load, rank, world) or load()
+    wait_for_all()
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
-    check_same_data(state, data, out / "teacher.pt", args.data)
+    fingerprint = data.fingerprint()
+    check_same_data(state, fingerprint, out / "teacher.pt", args.data)
     side, channels = data.side, data.channels
     if side % patch:
         raise UserError(f"--model {args.model}: its patch does not divide the {side}x{side} images; add --image_size "
@@ -797,6 +810,7 @@ def main():
         def load():
             return load_reference(args.reference, data.images, args.data_dir, say)
         reference = first_process(load, rank, world) or load()
+        wait_for_all()
     sees_x1 = reference is not None
 
     # The network, its average and its optimizer.
@@ -841,7 +855,7 @@ def main():
     def save():
         moments = gather_optimizer(optimizer, rank)
         if rank == 0:
-            save_checkpoint(out / "teacher.pt", {"config": config, "flags": vars(args), "step": step, "data": data.fingerprint(), "model": net.state_dict(),
+            save_checkpoint(out / "teacher.pt", {"config": config, "flags": vars(args), "step": step, "data": fingerprint, "model": net.state_dict(),
                                                  "ema": ema.state_dict(), "optimizer": moments})
 
     def picture():
@@ -915,8 +929,10 @@ def main():
             log.line(step)
         if step % args.sample_every == 0 or step == args.iters:
             keep(picture, out / "samples.png", 0, False)
+            wait_for_all()  # as long as it takes, whatever --timeout says
         if step % args.save_every == 0 or step == args.iters:
             failures = keep(save, out / "teacher.pt", failures, step == args.iters)
+            wait_for_all()
         if stop() and step < args.iters:
             keep(save, out / "teacher.pt", failures, True)
             stop.leave(step, rank)

@@ -294,7 +294,7 @@ def test_damaged_files(outcomes, name):
     assert re.fullmatch(r"100 cuts 300 flips, \d+ refused, \d+ read right\n", said), said  # no traceback, no warning
     refused, right = map(int, re.findall(r"(\d+) re", said))
     count(f"files damaged ({CUTS} cuts, {FLIPS} flips and {MANY} copies with many, of each of {len(FORMATS)} formats), refused in one line", refused)
-    count("of them read right", right)
+    count("of them read", right)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

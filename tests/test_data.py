@@ -232,5 +232,8 @@ def test_class_folders_may_be_links(tmp_path):
         (tmp_path / place).mkdir(parents=True)
         Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / place / "x.png")
     (tmp_path / "set" / "one").symlink_to(tmp_path / "elsewhere" / "one")
+    (tmp_path / "elsewhere" / "one" / "loop").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "all").symlink_to("two")  # to another part of the set: not a class of its own
+    (tmp_path / "set" / "up").symlink_to("..")
     found = load_images(str(tmp_path / "set"), tmp_path / "cache")
     assert found.num_classes == 2 and found.labels.tolist() == [0, 1]
