@@ -125,7 +125,7 @@ def test_killed_at_random_moments(nursery, flags, tmp_path, job, kills):
         assert state["step"] >= done and state["step"] % 2 == 0
         inside += state["step"] > done
         done = state["step"]
-    assert inside > kills // 3, "the kills came too early to matter"
+    assert inside >= kills // 5, "the kills came too early to matter"
     nursery.start(job, *flags, "--out", tmp_path / "cut")
     assert nursery.wait() == 0 and f"going on from iteration {done} " in nursery.said()
     for name in {FILES[job], {"train_teacher": "teacher.pt", "distill": "student.pt"}[job]}:
