@@ -237,3 +237,4 @@ def test_class_folders_may_be_links(tmp_path):
     (tmp_path / "set" / "up").symlink_to("..")
     found = load_images(str(tmp_path / "set"), tmp_path / "cache")
     assert found.num_classes == 2 and found.labels.tolist() == [0, 1]
+    assert train_teacher.list_folder(tmp_path / "set")[2] == ["one", "two"]

@@ -300,6 +300,16 @@ def test_no_orphans_when_torchrun_itself_is_killed(flags, tmp_path, when):
     assert load_checkpoint(tmp_path / "run" / "teacher.pt")["step"] >= 1
 
 
+def test_only_torchruns_end_is_a_signal(monkeypatch):
+    """Noted before the data are read, and nothing to those who were started by hand and outlive their shell."""
+    monkeypatch.setattr(train_teacher.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train_teacher.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train_teacher.dist, "all_reduce", lambda *_: None)
+    for launcher, stops in ((None, False), (os.getppid(), False), (os.getppid() + 1, True)):
+        monkeypatch.setattr(train_teacher.start_processes, "launcher", launcher)
+        assert train_teacher.StopSignal()() == stops
+
+
 SLOW_DISK = """
 import sys, time
 sys.path.insert(0, {root!r})
