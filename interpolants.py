@@ -4,13 +4,15 @@
     I'_t = alpha'(t) x0 + beta'(t) x1 + gamma'(t) z     the velocity target
 
 (Albergo, Boffi and Vanden-Eijnden, arXiv:2303.08797.) A family is three functions of t. Derivatives are taken by
-automatic differentiation, conversions between velocity, data, noise and score predictions are the solution of two linear
-equations, and the solvers need nothing but these. All coefficients are float32 tensors of shape (B,) or broadcast (B,1,1,1).
+automatic differentiation, conversions between velocity, data, noise and score predictions are the solution of two
+linear equations, and the solvers need nothing but these. All coefficients are tensors of shape (B,) or broadcast
+(B,1,1,1).
 """
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import torch
+from torch import Tensor
 
 PREDICTIONS = ("velocity", "data", "noise", "score")
 SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv:2206.00364, table 1)
@@ -20,8 +22,8 @@ SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv
 # The rows
 
 class Interpolant(NamedTuple):
-    """One family. `predict` is the prediction its networks use unless told otherwise; `precondition` asks for the network's
-    input and output to be scaled by the path's size, for rows where x_t strays far from unit size."""
+    """One family. `predict` is the prediction its networks use unless told otherwise; `precondition` asks for the
+    network's input and output to be scaled by the path's size, for rows where x_t strays far from unit size."""
     alpha: Callable
     beta: Callable
     gamma: Callable = torch.zeros_like
@@ -41,7 +43,8 @@ def ve_sigma(t, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 FAMILIES = {
     "linear": Interpolant(lambda t: 1 - t, lambda t: t),
-    "vp": Interpolant(lambda t: (0.5 * vp_log_abar(t)).exp(), lambda t: (-vp_log_abar(t).expm1()).sqrt(), predict="noise"),
+    "vp": Interpolant(lambda t: (0.5 * vp_log_abar(t)).exp(), lambda t: (-vp_log_abar(t).expm1()).sqrt(),
+                      predict="noise"),
     "gvp": Interpolant(lambda t: (math.pi / 2 * t).cos(), lambda t: (math.pi / 2 * t).sin()),
     "ve": Interpolant(torch.ones_like, ve_sigma, predict="data", precondition=True),
     "bridge": Interpolant(lambda t: 1 - t, lambda t: t, lambda t: (t * (1 - t)).sqrt(), predict="data"),
@@ -55,19 +58,56 @@ def family(name, gamma_scale=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What travels together
+
+class Batch(NamedTuple):
+    """Rows of a batch: x0, x1, z (B,C,H,W), times t (B,), labels y (B,), and x_t (B,C,H,W), what networks read at t.
+    What is not known yet, or not there, is None."""
+    x0: Optional[Tensor] = None
+    x1: Optional[Tensor] = None
+    z: Optional[Tensor] = None
+    t: Optional[Tensor] = None
+    y: Optional[Tensor] = None
+    x_t: Optional[Tensor] = None
+
+    def rows(self, part):
+        return Batch(*(v if v is None else v[part] for v in self))
+
+
+class Problem(NamedTuple):
+    """An interpolant as its networks know it: the path, what they predict, and whether they are given x1 (bridges)."""
+    path: Interpolant
+    prediction: str = "velocity"
+    sees_x1: bool = False
+
+    def noised(self, b):
+        """b with its x_t, and the velocity target I'_t (B,C,H,W)."""
+        x_t, velocity = interpolate(self.path, b.x0, b.x1, b.t, b.z)
+        return b._replace(x_t=x_t), velocity
+
+    def call(self, net, b):
+        """net's prediction on b (B,C,H,W)."""
+        return net(b.x_t, b.t, b.y, b.x1) if self.sees_x1 else net(b.x_t, b.t, b.y)
+
+    def data(self, net, b):
+        """net's data prediction on b, x0 (B,C,H,W): one step of a student. Differentiable."""
+        return convert(self, self.call(net, b), "data", b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Coefficients
 
 class Coefficients(NamedTuple):
-    """Values and time derivatives at t. `s` is the std of the Gaussian part as the networks see it: sqrt(beta^2 + gamma^2)
-    where x1 is noise, gamma where the networks are given x1."""
-    alpha: torch.Tensor
-    beta: torch.Tensor
-    gamma: torch.Tensor
-    s: torch.Tensor
-    dalpha: torch.Tensor
-    dbeta: torch.Tensor
-    dgamma: torch.Tensor
-    ds: torch.Tensor
+    """Values and time derivatives at t. `s` is the std of the Gaussian part as the networks see it: sqrt(beta^2 +
+    gamma^2) where x1 is noise, gamma where the networks are given x1."""
+    alpha: Tensor
+    beta: Tensor
+    gamma: Tensor
+    s: Tensor
+    dalpha: Tensor
+    dbeta: Tensor
+    dgamma: Tensor
+    ds: Tensor
 
 
 def coefficients(path, t, ndim=1, sees_x1=False):
@@ -84,41 +124,50 @@ def coefficients(path, t, ndim=1, sees_x1=False):
     return Coefficients(*(c.detach().reshape(c.shape + (1,) * (ndim - c.ndim)) for c in (*values, *slopes)))
 
 
-def unit_ratio(path, t, ndim=1, sees_x1=False):
-    """c(t) = alpha' - alpha s'/s, so that (difference of velocities) = c (difference of data predictions)."""
-    k = coefficients(path, t, ndim, sees_x1)
-    return k.dalpha - k.alpha * k.ds / k.s
+def known(problem, t, ndim=1):
+    """The coefficients at t (B,) as the problem's networks see them."""
+    return coefficients(problem.path, t, ndim, problem.sees_x1)
 
 
-def check_log_snr(path, t_min=1e-3, t_max=1 - 1e-3, sees_x1=False):
+def prediction_scale(problem, prediction, t, ndim=4):
+    """How far this prediction moves when the data prediction moves by 1, (B,1,..,1): c(t) = alpha' - alpha s'/s for the
+    velocity, so that (difference of velocities) = c (difference of data predictions)."""
+    k = known(problem, t, ndim)
+    return {"data": torch.ones_like(k.s), "velocity": k.dalpha - k.alpha * k.ds / k.s, "noise": -k.alpha / k.s,
+            "score": k.alpha / k.s ** 2}[prediction]
+
+
+def check_log_snr(problem, t_min=1e-3, t_max=1 - 1e-3):
     """Raise ValueError unless log SNR = 2 log(alpha / s) falls in t and alpha' c >= 0 on [t_min, t_max].
 
-    The stop-gradient objectives are descent directions only then: their gradient is E[alpha' beta^2 lambda' (s_psi - s*) dG].
+    The stop-gradient objectives are descent directions only then: their gradient is
+    E[alpha' beta^2 lambda' (s_psi - s*) dG], lambda the log SNR.
     """
     t = torch.linspace(t_min, t_max, 1001, dtype=torch.float64)
-    k = coefficients(path, t, sees_x1=sees_x1)
+    k = known(problem, t)
     slope = 2 * (k.dalpha / k.alpha - k.ds / k.s)
     if not bool((slope < 0).all()):
         raise ValueError(f"log SNR does not fall at t = {float(t[~(slope < 0)][0]):.3f}")
-    if not bool((k.dalpha * unit_ratio(path, t, sees_x1=sees_x1) >= 0).all()):
+    if not bool((k.dalpha * prediction_scale(problem, "velocity", t, 1) >= 0).all()):
         raise ValueError("alpha' c(t) is negative: alpha must not grow with t")
 
 
-def time_of_noise_ratio(path, ratio, sees_x1=False):
-    """The time t at which s(t) / alpha(t) = ratio, clamped to [1e-3, 1]: how noise levels carry over between families."""
+def time_of_noise_ratio(problem, ratio):
+    """The time t at which s(t) / alpha(t) = ratio, clamped to [1e-3, 1]: how noise levels carry over between
+    families."""
     lo, hi = 1e-3, 1.0
     for _ in range(50):
         mid = 0.5 * (lo + hi)
-        k = coefficients(path, torch.tensor(mid, dtype=torch.float64), sees_x1=sees_x1)
+        k = known(problem, torch.tensor(mid, dtype=torch.float64))
         lo, hi = (mid, hi) if k.s < ratio * k.alpha else (lo, mid)
     return round(hi, 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The path and its predictions
+# The path, its predictions and their loss
 
 def interpolate(path, x0, x1, t, z=None):
-    """x0, x1, z (B,C,H,W), t (B,) -> x_t, I'_t (B,C,H,W). z may be None where gamma = 0 (checked by the caller's row)."""
+    """x0, x1, z (B,C,H,W), t (B,) -> x_t, I'_t (B,C,H,W). z may be None where gamma = 0."""
     k = coefficients(path, t, x0.ndim)
     x_t, velocity = k.alpha * x0 + k.beta * x1, k.dalpha * x0 + k.dbeta * x1
     if z is not None and path.gamma is not torch.zeros_like:
@@ -126,44 +175,23 @@ def interpolate(path, x0, x1, t, z=None):
     return x_t, velocity
 
 
-def target(path, prediction, x0, x1, t, z=None, sees_x1=False):
-    """The regression target of a prediction, (B,C,H,W): its conditional mean given x_t is what a network learns."""
-    if prediction == "data":
-        return x0
-    if prediction == "velocity":
-        return interpolate(path, x0, x1, t, z)[1]
-    k = coefficients(path, t, x0.ndim, sees_x1)
-    x_t = interpolate(path, x0, x1, t, z)[0]
-    noise = (x_t - k.alpha * x0 - (k.beta * x1 if sees_x1 else 0)) / k.s
-    return noise if prediction == "noise" else -noise / k.s
+def convert(problem, out, to, b):
+    """A network's output on b turned into another prediction, all (B,C,H,W).
 
-
-def loss_weight(path, prediction, t, ndim=4, sees_x1=False):
-    """Weight of the squared error at t, (B,1,..,1). Velocity and noise: 1. Score: s^2, which is the noise loss. Data: with
-    preconditioning SNR + 1/sigma_d^2, EDM's weight (arXiv:2206.00364, table 1), without it the SNR between 1 (arXiv:2202.00512,
-    section 4) and 5 (arXiv:2303.09556), since a plain network cannot follow an SNR that grows without bound."""
-    k = coefficients(path, t, ndim, sees_x1)
-    if prediction == "data":
-        snr = (k.alpha / k.s) ** 2
-        return snr + 1 / SIGMA_DATA ** 2 if path.precondition else snr.clamp(1, 5)
-    return k.s ** 2 if prediction == "score" else torch.ones_like(k.s)
-
-
-def convert(path, out, source, to, x_t, t, x1=None):
-    """Turn a network's output from one prediction into another. out, x_t (B,C,H,W), t (B,); x1 where the networks see it.
-
-    With r = x_t - [beta x1] the Gaussian part obeys   r = alpha x0 + s eps   and   v - [beta' x1] = alpha' x0 + s' eps;
-    velocity, data (x0), noise (eps) and score (-eps / s) are four views of the same pair.
+    With r = x_t - [beta x1] the Gaussian part obeys   r = alpha x0 + s eps   and   v - [beta' x1] = alpha' x0 + s'
+    eps, [.] where the networks see x1; velocity, data (x0), noise (eps) and score (-eps / s) are four views of the
+    same pair.
     """
+    source = problem.prediction
     for name in (source, to):
         if name not in PREDICTIONS:
             raise ValueError(f"unknown prediction {name!r}: choose from {', '.join(PREDICTIONS)}")
     if source == to:
         return out
-    k = coefficients(path, t, x_t.ndim, sees_x1=x1 is not None)
-    r = x_t if x1 is None else x_t - k.beta * x1
+    k = known(problem, b.t, b.x_t.ndim)
+    r, drift = (b.x_t - k.beta * b.x1, k.dbeta * b.x1) if problem.sees_x1 else (b.x_t, 0)
     if source == "velocity":
-        v = out if x1 is None else out - k.dbeta * x1
+        v = out - drift
         det = k.alpha * k.ds - k.dalpha * k.s  # = -c s, never zero while the SNR falls
         x0, eps = (k.ds * r - k.s * v) / det, (k.alpha * v - k.dalpha * r) / det
     elif source == "data":
@@ -174,30 +202,53 @@ def convert(path, out, source, to, x_t, t, x1=None):
     if to == "data":
         return x0
     if to == "velocity":
-        v = k.dalpha * x0 + k.ds * eps
-        return v if x1 is None else v + k.dbeta * x1
+        return k.dalpha * x0 + k.ds * eps + drift
     return eps if to == "noise" else -eps / k.s
 
 
-def prediction_scale(path, prediction, t, ndim=4, sees_x1=False):
-    """How far this prediction moves when the data prediction moves by 1, (B,1,..,1): c(t) for the velocity."""
-    k = coefficients(path, t, ndim, sees_x1)
-    return {"data": torch.ones_like(k.s), "velocity": k.dalpha - k.alpha * k.ds / k.s, "noise": -k.alpha / k.s,
-            "score": k.alpha / k.s ** 2}[prediction]
+def target(problem, b, velocity):
+    """The regression target of the problem's prediction on b, (B,C,H,W): its conditional mean given x_t is what a
+    network learns. velocity: I'_t, as noised() gives it."""
+    if problem.prediction in ("data", "velocity"):
+        return b.x0 if problem.prediction == "data" else velocity
+    k = known(problem, b.t, b.x0.ndim)
+    noise = (b.x_t - k.alpha * b.x0 - (k.beta * b.x1 if problem.sees_x1 else 0)) / k.s
+    return noise if problem.prediction == "noise" else -noise / k.s
+
+
+def loss_weight(problem, t, ndim=4):
+    """Weight of the squared error at t, (B,1,..,1). Velocity and noise: 1. Score: s^2, which is the noise loss. Data:
+    with preconditioning SNR + 1/sigma_d^2, EDM's weight (arXiv:2206.00364, table 1), without it the SNR between 1
+    (arXiv:2202.00512, section 4) and 5 (arXiv:2303.09556): a plain network cannot follow an SNR without bound."""
+    k = known(problem, t, ndim)
+    if problem.prediction == "data":
+        snr = (k.alpha / k.s) ** 2
+        return snr + 1 / SIGMA_DATA ** 2 if problem.path.precondition else snr.clamp(1, 5)
+    return k.s ** 2 if problem.prediction == "score" else torch.ones_like(k.s)
+
+
+def regression_loss(problem, net, b):
+    """E[w(t) |net(x_t, t, y) - target|^2] per sample, (B,): the teacher's loss on data, the critic's on the student's
+    samples (arXiv:2303.08797, eq. 2.13). Its minimiser is the mean of the target given x_t (and x1 on bridges)."""
+    b, velocity = problem.noised(b)
+    error = problem.call(net, b) - target(problem, b, velocity)
+    return (loss_weight(problem, b.t, b.x0.ndim) * error.float() ** 2).flatten(1).mean(1)
 
 
 def posterior(path, x0, x_t, t, r, z):
     """x_r given x_t and x0 for r < t: x0, x_t, z (B,C,H,W), t, r (B,) -> (B,C,H,W).
 
-    A Brownian bridge is Markov, so x1 drops out: mean alpha_r x0 + b (x_t - alpha_t x0), variance gamma_r^2 - b^2 gamma_t^2 with
-    b = beta_r / beta_t (for gamma = s sqrt(t (1-t)): s^2 r (t-r) / t). Where gamma = 0 this is DDIM's step (arXiv:2010.02502, eq. 12)."""
+    A Brownian bridge is Markov, so x1 drops out: mean alpha_r x0 + b (x_t - alpha_t x0), variance gamma_r^2 - b^2
+    gamma_t^2 with b = beta_r / beta_t (for gamma = s sqrt(t (1-t)): s^2 r (t-r) / t). Where gamma = 0 this is DDIM's
+    step (arXiv:2010.02502, eq. 12)."""
     k, j = coefficients(path, t, x_t.ndim, True), coefficients(path, r, x_t.ndim, True)
     b = j.beta / k.beta
     return j.alpha * x0 + b * (x_t - k.alpha * x0) + (j.gamma ** 2 - (b * k.gamma) ** 2).clamp_min(0).sqrt() * z
 
 
 def preconditioning(path, points=513):
-    """EDM's c_in, c_skip, c_out of this path on a uniform grid of t, as three lists of floats: part of a network's configuration.
+    """EDM's c_in, c_skip, c_out of this path on a uniform grid of t, three lists of floats for a network's
+    configuration.
 
     data prediction = c_skip x_t + c_out F(c_in x_t, t)    (arXiv:2206.00364, eq. 7, with alpha in front of the data)
     """
@@ -207,78 +258,110 @@ def preconditioning(path, points=513):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A student's steps
+
+def start_at(problem, b, t):
+    """b at the time t (a number), its x_t = beta x1 + gamma z: the path with nothing known of the data. The fresh x1 of
+    paths that start from noise is spent."""
+    b = b._replace(t=torch.full((len(b.z),), t, device=b.z.device))
+    k = coefficients(problem.path, b.t, b.z.ndim)
+    return b._replace(x_t=k.beta * b.x1 + k.gamma * b.z)
+
+
+@torch.no_grad()
+def student_input(problem, net, times, b, draw):
+    """What a student reads at the last of its times: the steps before it, re-noised in between with fresh noise, or by
+    the posterior on a bridge. b has x1, z (B,C,H,W) and y (B,); draw(i) gives x1, z of step i > 0 -> b with its t and
+    x_t."""
+    b = start_at(problem, b, times[0])
+    for i, time in enumerate(times[1:], 1):
+        x0, (x1, z), r = problem.data(net, b), draw(i), torch.full_like(b.t, time)
+        x_t = (posterior(problem.path, x0, b.x_t, b.t, r, z) if problem.sees_x1 else
+               interpolate(problem.path, x0, x1, r, z)[0])
+        b = b._replace(t=r, x_t=x_t)
+    return b
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Solvers: from t = 1 to t = 0 in N intervals
 
 SOLVERS = ("euler", "heun", "sde", "posterior")
 DIFFUSIONS = {  # w(t) of the reverse SDE; the marginals do not depend on it, the discretisation error does
     "sigma": lambda k: k.s,
     "constant": lambda k: torch.ones_like(k.s),
-    "sbdm": lambda k: 2 * (k.s * k.ds - k.s ** 2 * k.dalpha / k.alpha.clamp_min(1e-3)),  # the forward SDE's own diffusion
+    "sbdm": lambda k: 2 * (k.s * k.ds - k.s ** 2 * k.dalpha / k.alpha.clamp_min(1e-3)),  # the forward SDE's own
 }
 
 
-def time_grid(path, steps, prediction="velocity", end=1e-3, sees_x1=False):
-    """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 1 - end where the prediction has no velocity at
-    t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no solver evaluates the network. Bridges whose
-    networks see x1 get sin^2(pi u / 2), u uniform: gamma' is infinite at both ends in t, but not in u."""
+class Sampler(NamedTuple):
+    """How a teacher is sampled; steps and solver left empty are sample.py's choice."""
+    steps: Optional[int] = None
+    solver: Optional[str] = None
+    diffusion: str = "sigma"
+    cfg_scale: float = 1.0
+    cfg_interval: tuple = (0.0, 1.0)
+
+
+def time_grid(problem, steps, end=1e-3):
+    """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 1 - end where the prediction has no
+    velocity at t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no solver evaluates the
+    network. Bridges whose networks see x1 get sin^2(pi u / 2), u uniform: gamma' is infinite at both ends in t, but
+    not in u."""
     if int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
-    t, one = torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    v, k = convert(path, one, prediction, "velocity", 2 * one, t, one if sees_x1 else None), coefficients(path, t, sees_x1=sees_x1)
-    regular = bool((v.isfinite() & k.ds.isfinite()).all())
+    one = torch.ones(1, 1, dtype=torch.float64)
+    b = Batch(x1=one, t=one[0], x_t=2 * one)
+    regular = bool((convert(problem, one, "velocity", b).isfinite() & known(problem, b.t).ds.isfinite()).all())
     start = 1.0 if regular else 1 - end
-    if sees_x1:
-        return (math.pi / 2 * torch.linspace(2 / math.pi * math.asin(start ** 0.5), 0, int(steps) + 1, dtype=torch.float64)).sin() ** 2
+    if problem.sees_x1:
+        u = torch.linspace(2 / math.pi * math.asin(start ** 0.5), 0, int(steps) + 1, dtype=torch.float64)
+        return (math.pi / 2 * u).sin() ** 2
     return torch.linspace(start, 0, int(steps) + 1, dtype=torch.float64)
 
 
-def solve(path, net, x, steps, solver="euler", prediction="velocity", diffusion="sigma", noise=None, x1=None):
-    """Integrate from the reference to data. x (B,C,H,W) at the grid's first time -> x0 (B,C,H,W).
+def solve(problem, net, b, sampler, noise=None):
+    """Integrate from the reference to data. b has x_t (B,C,H,W) at the grid's first time, y, and x1 where the networks
+    see it -> x0 (B,C,H,W).
 
-    net(x_t, t (B,)) gives `prediction`. euler: exactly `steps` network calls, heun: 2 steps - 1 (both for the probability-flow
-    ODE dx = v dt), sde: Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW backwards in time, posterior: draws from
-    posterior() between the data prediction and x_t, exact in law for a bridge as the steps grow; these two make `steps` calls,
-    with noise(i) -> (B,C,H,W) for step i. x1 (B,C,H,W): for bridges, the reference that the networks are given.
+    euler: exactly `steps` network calls, heun: 2 steps - 1 (both for the probability-flow ODE dx = v dt), sde:
+    Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW backwards in time, posterior: draws from posterior() between
+    the data prediction and x_t, exact in law for a bridge as the steps grow; these two make `steps` calls, with
+    noise(i) -> (B,C,H,W) for step i.
 
-    euler and heun step in the clock that is regular: s where alpha is constant (ve), whose t only labels the noise level, as EDM
-    does (arXiv:2206.00364, algorithm 1); u = 2/pi asin(sqrt(t)) for bridges; else t. The last interval ends at t = 0, where s = 0
-    makes a velocity meaningless on several rows: it returns the data prediction, which on the linear path is the Euler step.
+    euler and heun step in the clock that is regular: s where alpha is constant (ve), whose t only labels the noise
+    level, as EDM does (arXiv:2206.00364, algorithm 1); u = 2/pi asin(sqrt(t)) for bridges; else t. The last interval
+    ends at t = 0, where s = 0 makes a velocity meaningless on several rows: it returns the data prediction, which on
+    the linear path is the Euler step.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
-    given = x1 is not None
-    grid = time_grid(path, steps, prediction, sees_x1=given)
-    middle = coefficients(path, torch.linspace(0.1, 0.9, 9), sees_x1=given)
-    in_s, in_u = bool((middle.dalpha == 0).all()), given
+    if sampler.solver not in SOLVERS:
+        raise ValueError(f"unknown solver {sampler.solver!r}: choose from {', '.join(SOLVERS)}")
+    grid, path, solver, in_u = time_grid(problem, sampler.steps), problem.path, sampler.solver, problem.sees_x1
+    in_s = bool((known(problem, torch.linspace(0.1, 0.9, 9)).dalpha == 0).all())
     clock = 2 / math.pi * grid.sqrt().asin() if in_u else coefficients(path, grid).s if in_s else grid
 
-    def slope(out, x, t):  # dx / d clock
-        v = convert(path, out, prediction, "velocity", x, t, x1)
+    def slope(out, b):  # dx / d clock
+        v = convert(problem, out, "velocity", b)
         if in_u:
-            return v * (math.pi * (t * (1 - t)).sqrt()).reshape(-1, *[1] * (x.ndim - 1))
-        return v / coefficients(path, t, x.ndim).ds if in_s else v
+            return v * (math.pi * (b.t * (1 - b.t)).sqrt()).reshape(-1, *[1] * (v.ndim - 1))
+        return v / coefficients(path, b.t, v.ndim).ds if in_s else v
 
     for i in range(len(grid) - 1):
-        t = torch.full((len(x),), float(grid[i]), dtype=torch.float32, device=x.device)
-        t_next = torch.full_like(t, float(grid[i + 1]))
+        x, t = b.x_t, torch.full((len(b.x_t),), float(grid[i]), dtype=torch.float32, device=b.x_t.device)
+        b, r = b._replace(t=t), torch.full_like(t, float(grid[i + 1]))
         dt = float(grid[i + 1] - grid[i]) if solver == "sde" else float(clock[i + 1] - clock[i])
-        out = net(x, t)
+        out = problem.call(net, b)
         if i == len(grid) - 2:
-            return convert(path, out, prediction, "data", x, t, x1)
+            return convert(problem, out, "data", b)
         if solver == "posterior":
-            x = posterior(path, convert(path, out, prediction, "data", x, t, x1), x, t, t_next, noise(i))
-            continue
-        if solver != "sde":
-            v = slope(out, x, t)
-        if solver == "euler":
-            x = x + dt * v
+            x = posterior(path, convert(problem, out, "data", b), x, t, r, noise(i))
+        elif solver == "euler":
+            x = x + dt * slope(out, b)
         elif solver == "heun":
-            ahead = x + dt * v
-            v_next = slope(net(ahead, t_next), ahead, t_next)
-            x = x + 0.5 * dt * (v + v_next)
+            v = slope(out, b)
+            ahead = b._replace(x_t=x + dt * v, t=r)
+            x = x + 0.5 * dt * (v + slope(problem.call(net, ahead), ahead))
         else:
-            k = coefficients(path, t, x.ndim, sees_x1=given)
-            v = convert(path, out, prediction, "velocity", x, t, x1)
-            w = DIFFUSIONS[diffusion](k)
-            score = convert(path, out, prediction, "score", x, t, x1)
-            x = x + dt * (v - 0.5 * w * score) + (-dt * w).sqrt() * noise(i)
+            w = DIFFUSIONS[sampler.diffusion](known(problem, t, x.ndim))
+            drift = convert(problem, out, "velocity", b) - 0.5 * w * convert(problem, out, "score", b)
+            x = x + dt * drift + (-dt * w).sqrt() * noise(i)
+        b = b._replace(x_t=x)

@@ -18,17 +18,19 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
-COUNTS = {}
-
-
-def count(what, number=None):
-    """A line that pytest prints at its end, for the promises of the README; numbers of the same thing are added up."""
-    COUNTS[what] = None if number is None else COUNTS.get(what, 0) + number
-
-
-def pytest_terminal_summary(terminalreporter):
-    for what, number in COUNTS.items():
-        terminalreporter.write_line("counted: " + (what if number is None else f"{number} {what}"))
+@pytest.fixture(scope="session")
+def run_script():
+    """run_script("train_teacher", "--iters", 2, ...): its main(), for fixtures of a whole session."""
+    def call(name, *flags):
+        argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            importlib.import_module(name).main()
+        finally:
+            sys.argv = argv
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return call
 
 
 @pytest.fixture
@@ -79,20 +81,12 @@ SMALL = ("--model", "SiT-XXS/4", "--batch", 4, "--log_every", 1, "--device", "cp
 
 
 @pytest.fixture(scope="session")
-def small_teacher(images, tmp_path_factory):
+def small_teacher(images, tmp_path_factory, run_script):
     """A trained-for-two-steps teacher.pt of SiT-XXS/4, whose last layer has been shaken so that its output is not 0."""
     out = tmp_path_factory.mktemp("teacher")
-    import train_teacher
-    argv, sys.argv = sys.argv, ["train_teacher.py", "--data", str(images), *map(str, SMALL), "--iters", "2", "--out", str(out)]
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        train_teacher.main()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    run_script("train_teacher", "--data", images, *SMALL, "--iters", 2, "--out", out)
     path = out / "teacher.pt"
-    from model import load_checkpoint, save_checkpoint
+    from common.files import load_checkpoint, save_checkpoint
     state = load_checkpoint(path)
     g = torch.Generator().manual_seed(0)
     for weights in (state["ema"], state["model"]):

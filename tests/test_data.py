@@ -1,240 +1,230 @@
-"""Pixels in: every source, and what is wrong with it."""
-import gzip
-import hashlib
-import io
+"""Pixels in: every source of them, and batches."""
 import json
-import tarfile
-import zipfile
+import os
+import pathlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import train_teacher
-from model import UserError
-from train_teacher import batch_indices, draw_digits, draw_noise, load_images, read_folder, read_image, to_device
+import common.data
+from common.data import Images, Reference, Stream, batch_indices, draw_digits, list_folder, load_images, read_folder
+from common.images import image_files, read_image, read_images, to_device, to_uint8
+from common.run import UserError, draw_noise
+
+CPU = torch.device("cpu")
 
 
-def test_digits_are_deterministic_distinct_and_visible():
-    images, labels = draw_digits(40, 16, seed=3)
-    again, _ = draw_digits(20, 16, seed=3)
-    other, _ = draw_digits(20, 16, seed=4)
-    assert images.shape == (40, 16, 16, 1) and images.dtype == np.uint8 and list(labels[:12]) == [*range(10), 0, 1]
-    assert (images[:20] == again).all() and (images[:20] != other).any()
-    assert len({image.tobytes() for image in images}) == 40
-    assert (images.max((1, 2, 3)) > 200).all() and (images.mean((1, 2, 3)) < 160).all()
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def test_digits_classes_can_be_told_apart():
-    """Nearest class mean of other digits beats chance by far."""
-    images, labels = draw_digits(400, 28, seed=0)
-    x = images.reshape(400, -1) / 255.0
-    means = np.stack([x[:200][labels[:200] == c].mean(0) for c in range(10)])
-    guess = ((x[200:, None] - means) ** 2).sum(-1).argmin(1)
-    assert (guess == labels[200:]).mean() > 0.5
+def draw(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 
-def idx(array):
-    return gzip.compress(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes())
+def put(path, image=Image.fromarray(draw(8, 8, 3)), **options):
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
 
 
-def sha(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def test_mnist_is_read_from_its_original_files(tmp_path, monkeypatch):
-    images, labels = np.arange(3 * 28 * 28).astype(np.uint8).reshape(3, 28, 28), np.array([7, 0, 9], np.uint8)
-    files = {"train-images-idx3-ubyte.gz": idx(images), "train-labels-idx1-ubyte.gz": idx(labels)}
-    for name in ("mnist", "fashion_mnist"):
-        (tmp_path / name).mkdir()
-        for file, content in files.items():
-            (tmp_path / name / file).write_bytes(content)
-        table = ("http://127.0.0.1:1/", tuple((f, len(c), sha(c)) for f, c in files.items()))
-        monkeypatch.setitem(train_teacher.IDX_FILES, name, table)
-        data = load_images(name, tmp_path)
-        assert (data.images[..., 0] == images).all() and list(data.labels) == [7, 0, 9] and data.num_classes == 10
-
-
-def test_cifar10_is_read_from_its_original_archive(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    records = rng.integers(0, 256, (5, 2, 3073)).astype(np.uint8)
-    records[..., 0] %= 10
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for i in range(5):
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i + 1}.bin")
-            info.size = records[i].nbytes
-            archive.addfile(info, io.BytesIO(records[i].tobytes()))
-    content = buffer.getvalue()
-    (tmp_path / "cifar10").mkdir()
-    (tmp_path / "cifar10" / "cifar-10-binary.tar.gz").write_bytes(content)
-    monkeypatch.setattr(train_teacher, "CIFAR10_FILE", ("http://127.0.0.1:1/cifar-10-binary.tar.gz", len(content), sha(content)))
-    data = load_images("cifar10", tmp_path)
-    assert data.images.shape == (10, 32, 32, 3) and (data.labels == records[..., 0].ravel()).all()
-    assert data.images[3, 5, 7, 1] == records.reshape(10, 3073)[3, 1 + 1024 + 5 * 32 + 7]
-
-
-def test_no_network_says_which_file_to_put_where(tmp_path, monkeypatch):
-    address, files = train_teacher.IDX_FILES["mnist"]
-    monkeypatch.setitem(train_teacher.IDX_FILES, "mnist", ("http://127.0.0.1:1/", files))
-    monkeypatch.setattr("model.PAUSES", ())
+def refused(read, *args, says):
     with pytest.raises(UserError) as error:
-        load_images("mnist", tmp_path)
-    assert str(tmp_path / "mnist" / "train-images-idx3-ubyte.gz") in str(error.value)
+        read(*args)
+    assert says in str(error.value) and "\n" not in str(error.value), error.value
 
+
+def test_digits_are_deterministic_distinct_and_of_their_classes():
+    images, labels = draw_digits(400, 16, seed=3)
+    assert images.shape == (400, 16, 16, 1) and images.dtype == np.uint8 and list(labels[:12]) == [*range(10), 0, 1]
+    assert (images[:9] == draw_digits(9, 16, seed=3)[0]).all() and (images[:9] != draw_digits(9, 16, seed=4)[0]).any()
+    assert len({image.tobytes() for image in images}) == 400 and (images.max((1, 2, 3)) > 200).all()
+    x = images.reshape(400, -1) / 255
+    means = np.stack([x[:200][labels[:200] == c].mean(0) for c in range(10)])
+    assert (((x[200:, None] - means) ** 2).sum(-1).argmin(1) == labels[200:]).mean() > 0.5  # far above chance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# .npz
 
 @pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1")])
-@pytest.mark.parametrize("channels", [0, 1, 3])
-def test_npz(tmp_path, names, channels):
-    shape = (6, 8, 8) + ((channels,) if channels else ())
-    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    np.savez(tmp_path / "a.npz", **{names[0]: images, names[1]: np.array([0, 1, 2, 0, 1, 2])})
-    data = load_images(str(tmp_path / "a.npz"))
-    assert (data.images.reshape(shape) == images).all() and data.images.shape[3] == (channels or 1) and data.num_classes == 3
-    assert load_images(str(tmp_path / "a.npz"), unconditional=True).num_classes == 0
-    assert load_images(str(tmp_path / "a.npz"), image_size=4).images.shape == (6, 4, 4, channels or 1)
-    np.savez(tmp_path / "b.npz", **{names[0]: images})
-    assert load_images(str(tmp_path / "b.npz")).num_classes == 0
+@pytest.mark.parametrize("shape", [(6, 8, 8), (6, 8, 8, 1), (6, 8, 8, 3)])
+def test_npz(names, shape):
+    images, labels = draw(*shape), np.array([0, 1, 2, 0, 1, 2], np.uint16)
+    np.savez("a.npz", **{names[0]: images, names[1]: labels})
+    found = load_images("a.npz")
+    assert (found.images == images.reshape(6, 8, 8, -1)).all() and (found.labels == labels).all()
+    assert found.labels.dtype == np.int64 and found.num_classes == 3 and found.without_labels().num_classes == 0
+    assert load_images("a.npz", image_size=4).images.shape == (6, 4, 4, found.channels)
+    np.savez("b.npz", **{names[0]: images})
+    assert load_images("b.npz").num_classes == 0
 
 
-def test_bad_npz(tmp_path):
-    good = np.zeros((4, 8, 8), np.uint8)
-    cases = {"nothing": dict(weights=good), "floats": dict(images=good.astype(np.float32)), "flat": dict(images=good[0]),
-             "objects": dict(images=np.array([None, 1], object)), "empty": dict(images=good[:0]),
-             "short_labels": dict(images=good, labels=np.zeros(3, int)), "float_labels": dict(images=good, labels=np.zeros(4)),
-             "negative_labels": dict(images=good, labels=np.array([0, 1, -1, 2]))}
-    for name, arrays in cases.items():
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-    np.savez(tmp_path / "channels_first.npz", images=np.zeros((2, 30, 8, 8), np.uint8))
-    np.savez(tmp_path / "huge_labels.npz", images=good, labels=np.array([0, 1, 2, 2 ** 40]))
-    np.save(tmp_path / "array.npy", good)
-    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
-    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as archive:
-        archive.writestr("images", b"not an array")
-    np.savez_compressed(tmp_path / "packed.npz", images=np.arange(65536).astype(np.uint8).reshape(64, 32, 32))
-    packed = bytearray((tmp_path / "packed.npz").read_bytes())
-    packed[60:90] = bytes(30)
-    (tmp_path / "packed.npz").write_bytes(packed)
-    whole = (tmp_path / "nothing.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "text.npz").write_bytes(b"hello")
-    for path in sorted(tmp_path.glob("*.npz")):
-        with pytest.raises(UserError, match=path.name):
-            load_images(str(path))
-    with pytest.raises(UserError, match="no such data set"):
-        load_images("imagenette")
+FOUR = draw(4, 8, 8)
+BAD = [({"weights": FOUR}, "no images inside"), ({"images": FOUR.astype(np.float32)}, "images is float32"),
+       *(({"images": images}, "channels last") for images in (FOUR[0], FOUR[:0], draw(2, 3, 8, 8))),
+       *(({"images": FOUR, "labels": np.array(labels)}, "labels must be 4 whole numbers") for labels in (
+           [0, 0, 0], [0.0] * 4, [0, 1, -1, 2], [0, 1, 2, 2 ** 40]))]
 
+
+@pytest.mark.parametrize("arrays, says", BAD)
+def test_bad_npz(arrays, says):
+    np.savez("a.npz", **arrays)
+    refused(load_images, "a.npz", says=says)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
 
 def save_modes(folder):
-    """One picture, a white square right of the middle, in all the modes that turn up in folders."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One picture, a white square right of the middle, in all the modes that turn up in folders. -> how many"""
     grey = np.zeros((12, 16), np.uint8)
     grey[:, 8:] = 255
     base = Image.fromarray(grey)
-    base.save(folder / "grey.png")
-    base.convert("1").save(folder / "bits.png")
-    base.convert("RGB").save(folder / "rgb.png")
-    base.convert("RGBA").save(folder / "rgba.png")
-    base.convert("LA").save(folder / "la.png")
-    base.convert("P").save(folder / "palette.gif")
-    base.convert("RGB").quantize(4).save(folder / "palette.png")
-    base.convert("CMYK").save(folder / "cmyk.jpg", quality=100)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "sixteen.png")
-    Image.fromarray(grey.astype(np.float32) / 255).save(folder / "float.tiff")
-    return 10
+    for name, mode in (("grey", "L"), ("bits", "1"), ("rgb", "RGB"), ("rgba", "RGBA"), ("la", "LA"), ("palette", "P")):
+        put(f"{folder}/{name}.png", base.convert(mode))
+    put(f"{folder}/seen_through.png", base.convert("P"), transparency=0)
+    put(f"{folder}/cmyk.jpg", base.convert("CMYK"), quality=100)
+    put(f"{folder}/sixteen.png", Image.fromarray(grey.astype(np.uint16) * 257))
+    put(f"{folder}/float.tiff", Image.fromarray(grey.astype(np.float32) / 255))
+    put(f"{folder}/float255.TIF", Image.fromarray(grey.astype(np.float32)))
+    turned = Image.Exif()
+    turned[0x112] = 6  # what is stored lies on its side
+    put(f"{folder}/turned.png", base.convert("RGB").transpose(Image.Transpose.ROTATE_90), exif=turned)
+    return len(os.listdir(folder))
 
 
-def test_images_of_all_modes_become_the_same_pixels(tmp_path):
-    save_modes(tmp_path)
-    for path in tmp_path.iterdir():
-        pixels = read_image(path)
+def test_images_of_all_modes_become_the_same_pixels():
+    save_modes("set")
+    for path in pathlib.Path("set").iterdir():
+        pixels = read_image("--data", path)
         assert pixels.shape == (12, 16, 3) and pixels.dtype == np.uint8, path
         assert (pixels[:, :7] < 12).all() and (pixels[:, 9:] > 243).all(), path
-        assert read_image(path, 8).shape == (8, 8, 3)
+        assert read_image("--data", path, 8).shape == (8, 8, 3)
+    put("a.png", Image.fromarray(np.full((4, 4), 0x8000, np.uint16)))
+    assert (read_image("--data", "a.png") == 128).all()
 
 
-def test_folders_are_decoded_once_and_found_again(tmp_path, monkeypatch):
-    count = save_modes(tmp_path / "set" / "b") + save_modes(tmp_path / "set" / "a" / "deep")
-    images, labels = read_folder(tmp_path / "set", 8, tmp_path / "cache")
+def test_folders_are_decoded_once_and_found_again(monkeypatch):
+    count = save_modes("set/b") + save_modes("set/a/deep")
+    images, labels = read_folder(pathlib.Path("set"), 8, "cache")
     assert images.shape == (count, 8, 8, 3) and isinstance(images, np.memmap)
     assert list(labels) == [0] * (count // 2) + [1] * (count // 2)
-    record = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
-    assert record["classes"] == ["a", "b"]
-    monkeypatch.setattr(train_teacher, "read_image", None)  # nothing is decoded a second time
-    again, _ = read_folder(tmp_path / "set", 8, tmp_path / "cache")
-    assert (again == images).all()
-    monkeypatch.undo()
-    save_modes(tmp_path / "set" / "c")
-    assert len(read_folder(tmp_path / "set", 8, tmp_path / "cache")[0]) == count + count // 2
+    assert json.loads(next(pathlib.Path("cache").glob("*.json")).read_text())["classes"] == ["a", "b"]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.data, "read_image", None)  # nothing is decoded a second time
+        assert (read_folder(pathlib.Path("set"), 8, "cache")[0] == images).all()
+    os.utime("set/b/rgb.png", (1, 1))
+    read_folder(pathlib.Path("set"), 8, "cache")
+    assert len(list(pathlib.Path("cache").glob("*.npy"))) == 2
 
 
-def test_flat_folders_have_no_classes(tmp_path):
-    count = save_modes(tmp_path / "flat")
-    data = load_images(str(tmp_path / "flat"), tmp_path / "cache", 8)
-    assert data.num_classes == 0 and len(data.images) == count
+def test_flat_folders_have_no_classes_and_mixed_ones_are_refused():
+    count = save_modes("flat")
+    found = load_images("flat", "cache", 8)
+    assert found.num_classes == 0 and len(found.images) == count and load_images("flat", "cache").side == 12
+    save_modes("flat/sub")
+    refused(load_images, "flat", says="beside class subfolders")
+    os.mkdir("empty")
+    pathlib.Path("empty/notes.txt").write_text("none")
+    refused(load_images, "empty", says="no images in this folder")
+    refused(load_images, "imagenette", says="no such data set")
 
 
-def test_broken_images_are_named_or_skipped(tmp_path):
-    count = save_modes(tmp_path / "set")
-    (tmp_path / "set" / "broken.png").write_bytes(b"not an image")
-    whole = (tmp_path / "set" / "rgb.png").read_bytes()
-    (tmp_path / "set" / "cut.png").write_bytes(whole[:len(whole) // 2])
+def test_broken_images_are_named_or_skipped():
+    count = save_modes("set")
+    pathlib.Path("set/broken.png").write_bytes(b"not an image")
+    pathlib.Path("set/cut.png").write_bytes(pathlib.Path("set/rgb.png").read_bytes()[:60])
     for size in (8, None):
-        with pytest.raises(UserError, match="broken.png"):
-            read_folder(tmp_path / "set", size, tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.npy")) and not list((tmp_path / "cache").glob("*.part"))
+        refused(read_folder, pathlib.Path("set"), size, "cache", says="set/broken.png")
+    assert not pathlib.Path("cache").exists() or not [*pathlib.Path("cache").iterdir()]
     said = []
-    images, _ = read_folder(tmp_path / "set", 8, tmp_path / "cache", skip_broken=True, say=said.append)
-    assert len(images) == count and "broken.png" in said[0]
-    whole = (tmp_path / "set" / "rgb.png").read_bytes()
-    (tmp_path / "all" / "x").mkdir(parents=True)
-    (tmp_path / "all" / "x" / "1.png").write_bytes(b"no")
-    with pytest.raises(UserError, match="none of its 1"):
-        read_folder(tmp_path / "all", 8, tmp_path / "cache", skip_broken=True)
+    images, _ = read_folder(pathlib.Path("set"), 8, "cache", skip_broken=True, say=said.append)
+    assert len(images) == count and "set/broken.png" in said[0] and "set/cut.png" in said[1]
+    for name in os.listdir("set"):
+        pathlib.Path("set", name).write_bytes(b"")
+    refused(read_folder, pathlib.Path("set"), 8, "cache", True, said.append, says="none of its")
 
 
-def test_empty_and_ambiguous_folders(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images"):
-        load_images(str(tmp_path / "empty"))
-    save_modes(tmp_path / "mixed")
-    save_modes(tmp_path / "mixed" / "sub")
-    with pytest.raises(UserError, match="beside"):
-        load_images(str(tmp_path / "mixed"), tmp_path / "cache", 8)
+def test_what_else_lies_in_folders(monkeypatch):
+    """Links to classes elsewhere count; loops, links within the folder, pipes and folders of such names do not."""
+    for path in ("set/two/x.png", "elsewhere/one/x.png", "set/lost+found/x.png", "set/two/.hidden.png"):
+        put(path)
+    for link, to in (("set/one", "../elsewhere/one"), ("elsewhere/one/loop", ".."), ("set/all", "two"),
+                     ("set/up", ".."), ("set/two/self.png", "self.png"), ("set/two/nowhere.png", "missing")):
+        os.symlink(to, link)
+    os.mkfifo("set/two/pipe.png")
+    os.mkdir("set/two/folder.png")
+    files, labels, classes = list_folder("set")
+    assert [str(f) for f in files] == ["set/one/x.png", "set/two/.hidden.png", "set/two/x.png"]
+    assert list(labels) == [0, 1, 1] and classes == ["one", "two"]
+    scandir = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("two"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", forbidden)
+    refused(image_files, "--data set", "set", says="set/two cannot be listed (Permission denied)")
+
+
+def test_images_for_a_checkpoint_have_its_shape():
+    put("set/a.png"), put("set/b.png"), np.savez("a.npz", x1=draw(2, 8, 8, 3), images=draw(3, 8, 8, 3))
+    assert read_images("--truth", "set", 8, 3)[0].shape == (2, 8, 8, 3)
+    assert read_images("--truth", "set/a.png", 8, 1)[0].shape == (1, 8, 8, 1)
+    assert [len(read_images(flag, "a.npz", 8, 3)[0]) for flag in ("--reference", "--truth")] == [2, 3]
+    for path, side, channels in (("set", 4, 3), ("set", 8, 4), ("a.npz", 4, 3), ("a.npz", 8, 1)):
+        refused(read_images, "--truth", path, side, channels, says="the checkpoint works on")
+    refused(read_images, "--truth", "missing", 8, 3, says="no such file or folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+def test_pixels_go_from_minus_one_to_one_and_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    x = to_device(pixels, CPU)
+    assert x.shape == (1, 1, 16, 16) and (x.min(), x.max()) == (-1, 1) and (to_uint8(x) == pixels).all()
+    assert to_uint8(torch.tensor([-9.0, -1 + 0.51 / 127.5, 9]).view(1, 1, 1, 3)).ravel().tolist() == [0, 1, 255]
 
 
 def test_batches_are_endless_shuffled_passes():
     seen = np.concatenate([batch_indices(10, 4, step, seed=1) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and list(seen[:10]) != list(seen[10:])
-    assert (batch_indices(10, 4, 2, seed=1) == seen[8:12]).all()
+    assert (batch_indices(10, 4, 2, seed=1) == seen[8:12]).all() and (batch_indices(10, 20, 0, seed=2) != seen).any()
     assert len(batch_indices(3, 8, 0, seed=0)) == 8  # a batch larger than the data
 
 
 def test_noise_is_the_same_for_any_number_of_processes():
-    whole = draw_noise((8, 1, 2, 2), slice(0, 8), torch.device("cpu"), 0, 5, "x")
-    halves = [draw_noise((8, 1, 2, 2), slice(i, i + 4), torch.device("cpu"), 0, 5, "x") for i in (0, 4)]
-    for w, a, b in zip(whole, *halves):
-        torch.testing.assert_close(w, torch.cat([a, b]), rtol=0, atol=0)
-    u = whole[2].sort().values
-    torch.testing.assert_close(u.diff(), torch.full((7,), 1 / 8))  # every batch covers all times
-    assert not torch.equal(whole[0], draw_noise((8, 1, 2, 2), slice(0, 8), torch.device("cpu"), 0, 6, "x")[0])
+    whole = draw_noise((8, 1, 2, 2), slice(0, 8), CPU, 0, 5, "x")
+    halves = [draw_noise((8, 1, 2, 2), slice(i, i + 4), CPU, 0, 5, "x") for i in (0, 4)]
+    assert all(torch.equal(w, torch.cat([a, b])) for w, a, b in zip(whole, *halves))
+    torch.testing.assert_close(whole[2].sort().values.diff(), torch.full((7,), 1 / 8))  # every batch covers all times
+    assert not any(torch.equal(a, b) for a, b in zip(whole, draw_noise((8, 1, 2, 2), slice(0, 8), CPU, 0, 6, "x")))
 
 
-def test_pixels_go_from_minus_one_to_one():
-    x = to_device(np.array([[[[0]], [[255]]]], np.uint8), torch.device("cpu"))
-    assert x.shape == (1, 1, 2, 1) and x.flatten().tolist() == [-1.0, 1.0]
+PIXELS = Images(draw(12, 4, 4, 1), np.arange(12) % 3, 3)
+LATENTS = Images(draw(12, 2, 2, 1, 4, 4).astype(np.float16) / 256, np.arange(12) % 3, 3, {"image_size": 32})
 
 
-def test_class_folders_may_be_links(tmp_path):
-    rng = np.random.default_rng(0)
-    for place in ("elsewhere/one", "set/two"):
-        (tmp_path / place).mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / place / "x.png")
-    (tmp_path / "set" / "one").symlink_to(tmp_path / "elsewhere" / "one")
-    (tmp_path / "elsewhere" / "one" / "loop").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "set" / "all").symlink_to("two")  # to another part of the set: not a class of its own
-    (tmp_path / "set" / "up").symlink_to("..")
-    found = load_images(str(tmp_path / "set"), tmp_path / "cache")
-    assert found.num_classes == 2 and found.labels.tolist() == [0, 1]
-    assert train_teacher.list_folder(tmp_path / "set")[2] == ["one", "two"]
+@pytest.mark.parametrize("data, reference", [
+    (PIXELS, None), (PIXELS, Reference("paired", draw(12, 4, 4, 1))), (PIXELS, Reference("unpaired", draw(5, 4, 4, 1))),
+    (PIXELS, Reference("noise0.5")), (LATENTS, None)])
+def test_draws_are_functions_of_seed_step_key_and_row(data, reference):
+    """Whatever parts a batch is split in."""
+    def drawn(part, seed=0, step=3, key="x"):
+        stream = Stream(seed, 8, part, CPU, (1, 4, 4), 3, (0.2, 0.9), data, reference)
+        fresh, real, epoch = stream.draw(step, key), stream.draw_data(step, key), next(stream.epochs(step))
+        return [v for batch in (fresh, real, epoch) for v in batch if v is not None]
+    whole, again = drawn(slice(0, 8)), drawn(slice(0, 8))
+    assert all(map(torch.equal, whole, again))
+    for cuts in ((0, 4, 8), (0, 2, 4, 6, 8), (0, 3, 8)):
+        parts = zip(*(drawn(slice(*span)) for span in zip(cuts, cuts[1:])))
+        assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, parts))
+    for other in (drawn(slice(0, 8), seed=1), drawn(slice(0, 8), step=4)):
+        assert not any(map(torch.equal, whole, other))
+    assert not any(map(torch.equal, whole[:4], drawn(slice(0, 8), key="y")))
+    x1, z, t, y = whole[:4]
+    assert 0.2 <= t.min() and t.max() <= 0.9 and set(y.tolist()) <= {0, 1, 2} and x1.shape == z.shape == (8, 1, 4, 4)

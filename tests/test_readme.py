@@ -1,4 +1,5 @@
-"""The README's commands run as they are written, with flags appended that make them tiny; its links and flags exist."""
+"""The commands of README and docs run with flags appended that make them tiny; links, files and tests that they name
+exist."""
 import pathlib
 import re
 import shlex
@@ -7,72 +8,82 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common.data
 import fid
-import train_teacher
+from common.data import draw_digits
 from conftest import ROOT
 from test_fid import StandIn
 from test_released import released, small_autoencoder, write_safetensors
-from train_teacher import draw_digits
 
 README = (ROOT / "README.md").read_text()
+PAGES = ["docs/imagenet.md", "README.md", "docs/evaluation.md"]  # in this order each finds what it needs
+SCRIPTS = ("train_teacher.py", "distill.py", "sample.py", "fid.py", "score.py")
 
 
-def commands():
-    """Every call of one of our scripts in the README's bash blocks, in order: (script, flags)."""
+def commands(text):
+    """Every call of one of our scripts in a page's bash blocks, in order: (script, flags)."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&&"):
                 words = shlex.split(part)
-                script = next((w for w in words if w in ("train_teacher.py", "distill.py", "sample.py", "fid.py")), None)
-                if script:
-                    found.append((script[:-3], words[words.index(script) + 1:]))
+                at = next((i for i, word in enumerate(words) if word.split("/")[-1] in SCRIPTS), None)
+                if at is not None:
+                    found.append((words[at].split("/")[-1][:-3], words[at + 1:]))
     return found
 
 
 TINY = {"train_teacher": ["--iters", "1", "--batch", "8", "--device", "cpu", "--fresh"],
         "distill": ["--iters", "1", "--batch", "8", "--device", "cpu", "--fresh"],
         "sample": ["--samples", "10", "--device", "cpu"],
-        "fid": ["--device", "cpu", "--weights", "weights.pth"]}
+        "fid": ["--device", "cpu", "--weights", "weights.pth"], "score": []}
 
 
-def test_commands_run_as_written_at_tiny_size(script, tmp_path, monkeypatch):
-    """One after the other in an empty folder, as a reader would, so that each finds what those above it have written."""
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What the commands expect a reader to have: MNIST, folders of images, an autoencoder, released weights; all
+    small. And fid.py with a network of 12 features."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     np.savez("mnist_test.npz", images=rng.integers(0, 256, (20, 28, 28)).astype(np.uint8), labels=np.arange(20) % 10)
-    np.savez("mnist.npz", x_train=rng.integers(0, 256, (50, 28, 28)).astype(np.uint8), y_train=np.arange(50) % 10)
-    # fid.py with a network of 12 features; MNIST and ADM's reference batch as small files of the same layout.
+    np.savez("mnist.npz", x_train=rng.integers(0, 256, (100, 28, 28)).astype(np.uint8), y_train=np.arange(100) % 10)
     monkeypatch.setattr(fid, "load_inception", lambda path, device: StandIn())
     monkeypatch.setattr(fid, "POOL", 12)
     monkeypatch.setattr(fid, "SPATIAL", 6)
     pathlib.Path("weights.pth").write_bytes(b"any")
     pixels = rng.integers(0, 256, (1000, 4, 4, 3)).astype(np.uint8)
     np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=pixels, mu=np.ones(12), sigma=np.eye(12), mu_s=np.ones(6), sigma_s=np.eye(6))
-    # A small ImageNet, CIFAR-10, an autoencoder and released weights of its layout.
-    for folder in ("imagenet", "cifar10"):
+    for name in ("imagenet/train", "cifar10/train", "photos"):
         for i in range(12):
-            file = pathlib.Path(folder, "train", "ab"[i % 2], f"{i}.png")
+            file = pathlib.Path(name, "ab"[i % 2], f"{i}.png")
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(file)
     pathlib.Path("sd-vae-ft-ema").mkdir()
     write_safetensors("sd-vae-ft-ema/diffusion_pytorch_model.safetensors", small_autoencoder().state_dict())
     released("SiT-XL-2-256x256.pt")
-    monkeypatch.setattr(train_teacher, "read_idx_set", lambda name, data_dir: (pixels[..., :1], np.arange(1000) % 10))
-    monkeypatch.setattr(train_teacher, "draw_digits", lambda n=40, size=24, seed=0: draw_digits(40, size, seed))
+    monkeypatch.setattr(common.data, "read_idx_set", lambda name, data_dir: (pixels[..., :1], np.arange(1000) % 10))
+    monkeypatch.setattr(common.data, "draw_digits", lambda n=40, size=24, seed=0: draw_digits(40, size, seed))
+
+
+@pytest.mark.parametrize("pages", [PAGES, pytest.param(["docs/results.md"], marks=pytest.mark.slow)], ids=["pages", "results"])
+def test_commands_run_at_tiny_size(script, folder, pages):
+    """One page after the other in one folder, as a reader would, so that each command finds what those above it have
+    written. What is run: every command of these scripts, its flags as written, followed by those of TINY, which win;
+    without torchrun, --compile (test_runs compiles) and the shell around it; every network as an XXS one."""
     ran = []
-    for name, flags in commands():
-        flags = ["SiT-XXS/2" if word == "SiT-XL/2" else word for word in flags]
-        if "FOLDER" in flags:
-            continue
-        steps = ["--steps", "2"] if name == "sample" and "--steps" in flags else []
-        few = ["--samples", "1000" if "kid" in " ".join(flags) else "20"] if name == "fid" and flags[0].endswith(".pt") else []
-        side = ["--image_size", "16"] if "--image_size" in flags else []
-        flags = [flag for flag in flags if flag != "--compile"]  # minutes of compiling each; test_runs has a run of its own
-        code, _, err = script(name, *flags, *TINY[name], *steps, *few, *side)
-        assert code == 0, (name, flags, err)
-        ran.append(name)
-    assert {"train_teacher", "distill", "sample", "fid"} == set(ran) and len(ran) >= 10
+    for page in pages:
+        for name, flags in commands((ROOT / page).read_text()):
+            if name == "train_teacher" and "--model" not in flags:
+                flags = [*flags, "--model", "SiT-XXS/4"]
+            flags = [re.sub(r"^SiT-\w+/", "SiT-XXS/", word) for word in flags if word != "--compile"]
+            steps = ["--steps", "2"] if name == "sample" and "--steps" in flags else []
+            sampled = name == "fid" and flags[0].endswith(".pt")
+            few = ["--samples", "1000" if "kid" in " ".join(flags) else "20"] if sampled else []
+            side = ["--image_size", "16"] if "--image_size" in flags else []
+            code, _, err = script(name, *flags, *TINY[name], *steps, *few, *side)
+            assert code == 0, (page, name, flags, err)
+            ran.append(name)
+    assert {"train_teacher", "distill", "sample", "score"} <= set(ran) and len(ran) >= 20
 
 
 def test_both_first_commands_are_complete():
@@ -83,20 +94,34 @@ def test_both_first_commands_are_complete():
         assert len(block.replace("\\\n", " ").strip().splitlines()) == 1
 
 
-def test_files_named_in_the_readme_exist():
-    for path in re.findall(r"\]\(([\w/.-]+)\)", README):
-        assert (ROOT / path).exists(), path
-
-
-@pytest.mark.parametrize("name", ["train_teacher", "distill", "sample", "fid"])
-def test_the_table_of_flags_is_complete(script, name):
-    _, stdout, _ = script(name, "--help")
-    for flag in set(re.findall(r"^  (--\w+)", stdout, re.M)):
-        assert f"`{flag}`" in README, f"{flag} of {name}.py"
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
+def test_what_a_page_names_exists(page):
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"\]\(([\w/.-]+)(?:#[\w-]+)?\)", text):
+        assert (ROOT / page).parent.joinpath(path).exists(), path
+    tests = "\n".join(p.read_text() for p in ROOT.glob("tests/test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    for module, name in re.findall(r"`((?:common\.)?[a-z_]+)\.(?!py`)([a-z_]+)`", text):
+        file = ROOT / (module.replace(".", "/") + ".py")
+        assert not file.exists() or re.search(rf"(def {name}\(|^{name} =)", file.read_text(), re.M), f"{module}.{name}"
 
 
 def test_the_project_speaks_of_itself_alone():
-    for path in [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+    files = [p for pattern in ("*.md", "*.py", "*/*.md", "*/*.py") for p in ROOT.glob(pattern) if ".venv" not in p.parts]
+    for path in files:
         text = path.read_text()
         for word in ("/wo" + "rk/", "/tm" + "p/w", ".lib" + "rary", "sha" + "red/"):
             assert word not in text, (path, word)
+
+
+def test_the_house():
+    """Arrows point upwards only, lines end at 120 columns, and importing a file does nothing."""
+    order = ["interpolants", "common.run", "common.files", "common.images", "common.data", "model", "common.autoencoder",
+             "sample", "train_teacher", "distill", "fid"]
+    stages = {"train_teacher", "distill", "fid"}
+    for place, module in enumerate(order):
+        text = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+        assert max(map(len, text.splitlines())) <= 120, module
+        for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M):
+            assert name not in order or order.index(name) < place and name not in stages, f"{module} imports {name}"

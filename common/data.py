@@ -1,0 +1,361 @@
+"""Data sets, folders, what bridges start from, and batches of them: every source becomes one uint8 array."""
+import concurrent.futures
+import functools
+import hashlib
+import io
+import pathlib
+import tarfile
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from common.files import checksum, download, gunzip, read_record, reading, write_record
+from common.images import (DEGRADATIONS, REFERENCE_NAMES, check_degradation, degrade, image_files, read_image, read_npz,
+                           resize_images, to_device)
+from common.run import UserError, check_writable, draw_noise, generator, progress
+from interpolants import Batch
+
+LATENT_SCALE = 0.18215  # makes the latents of Stable Diffusion's autoencoder of about unit size
+
+
+class Images(NamedTuple):
+    """images (N,H,W,C) uint8, labels (N,) int64, num_classes (0 = unconditional). With a latent record instead: images
+    (N,2,2,c,h,w) float16, the mean and the log-variance of the latents of image and mirror image."""
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    latent: dict = None
+
+    @property
+    def side(self):
+        return self.images.shape[-1 if self.latent else 1]
+
+    @property
+    def channels(self):
+        return self.images.shape[3]
+
+    def fingerprint(self):
+        """Tells data sets apart: sizes, labels, and the images; 64 of them, spread evenly, where they stay on the
+        disk."""
+        on_disk = isinstance(self.images, np.memmap)
+        rows = np.linspace(0, len(self.images) - 1, 64).astype(np.int64) if on_disk else slice(None)
+        parts = [hashlib.sha256(np.ascontiguousarray(part)).hexdigest() for part in (self.labels, self.images[rows])]
+        return checksum([list(self.images.shape), self.num_classes, *parts])
+
+    def without_labels(self):
+        return self._replace(labels=np.zeros_like(self.labels), num_classes=0)
+
+    def x0(self, rows, chosen, part, device, *key):
+        """What networks see, (b,C,H,W) float32 on the device, of rows = images[chosen[part]]. Latents draw mirror and
+        posterior anew each time, as functions of the key and the row of the whole batch `chosen`."""
+        if not self.latent:
+            return to_device(rows, device)
+        g = generator(*key, "posterior", device=device)
+        mirror = torch.rand(len(chosen), generator=g, device=device)[part] < 0.5
+        noise = torch.randn((len(chosen), self.channels, self.side, self.side), generator=g, device=device)[part]
+        rows = torch.as_tensor(rows).to(device, non_blocking=True)
+        rows = rows[torch.arange(len(mirror), device=device), mirror.long()]  # (b,2,c,h,w)
+        mean, log_variance = rows.float().unbind(1)
+        return LATENT_SCALE * (mean + (0.5 * log_variance).exp() * noise)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+def draw_digits(n=10000, size=24, seed=0):
+    """n procedural digits, image i of class i % 10: Pillow's built-in font under a random rotation, shear, scale,
+    shift and stroke. Image i is a function of (seed, i, size)."""
+    side = 3 * size  # drawn three times too large, so that the affine map and the reduction are smooth
+    images = np.empty((n, size, size, 1), np.uint8)
+    font = ImageFont.load_default(0.75 * side)
+    for i in range(n):
+        rng = np.random.default_rng([seed, i])
+        angle, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
+        scale, stroke = rng.uniform(0.8, 1.1, 2), int(rng.integers(side // 40, side // 24 + 1))
+        shift = rng.uniform(-0.05, 0.05, 2) * side
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        inverse = np.linalg.inv(turn @ np.array([[1, shear], [0, 1]]) * scale)  # Pillow maps output to input
+        offset = side / 2 - inverse @ (side / 2 + shift)
+        image = Image.new("L", (side, side))
+        ImageDraw.Draw(image).text((side / 2, side / 2), str(i % 10), 255, font, anchor="mm", stroke_width=stroke)
+        image = image.transform((side, side), Image.Transform.AFFINE, (*inverse[0], offset[0], *inverse[1], offset[1]),
+                                Image.Resampling.BILINEAR)
+        images[i, :, :, 0] = np.asarray(image.reduce(3))
+    return images, np.arange(n) % 10
+
+
+IDX_FILES = {  # data set: (address, ((file, bytes, sha256) of the training images, of the training labels))
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", (
+        ("train-images-idx3-ubyte.gz", 9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+        ("train-labels-idx1-ubyte.gz", 28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"))),
+    "fashion_mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", (
+        ("train-images-idx3-ubyte.gz", 26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
+        ("train-labels-idx1-ubyte.gz", 29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"))),
+}
+CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", 170052171,
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
+DATA_SETS = ("digits", *IDX_FILES, "cifar10")
+
+
+def read_idx(path, dimensions):
+    """A gzipped IDX file of unsigned bytes, MNIST's format -> uint8 array."""
+    content = gunzip(path)
+    if content[:4] != bytes([0, 0, 8, dimensions]):
+        raise ValueError(f"begins with {content[:4].hex()}")
+    shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def read_idx_set(name, data_dir):
+    address, files = IDX_FILES[name]
+    paths = [download(address + file, pathlib.Path(data_dir, name, file), sha256, size) for file, size, sha256 in files]
+    with reading(f"--data {name}: {paths[0]} or {paths[1].name}", "; delete both, and they are fetched again"):
+        images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+        if len(images) != len(labels) or 0 in images.shape:
+            raise ValueError(f"images of shape {images.shape}, {len(labels)} labels")
+    return images[..., None], labels
+
+
+def read_cifar10(data_dir):
+    """The binary version: records of one label byte and 3x32x32 pixels in five training files inside the archive."""
+    address, size, sha256 = CIFAR10_FILE
+    path, records = download(address, pathlib.Path(data_dir, "cifar10", address.rsplit("/", 1)[1]), sha256, size), []
+    with reading(f"--data cifar10: {path}", "; delete it, and it is fetched again"):
+        with tarfile.open(fileobj=io.BytesIO(gunzip(path))) as archive:  # nothing is unpacked to the disk
+            for i in range(1, 6):
+                member = archive.getmember(f"cifar-10-batches-bin/data_batch_{i}.bin")
+                if not member.isreg() or member.issparse() or member.size == 0:  # a sparse file claims any size
+                    raise ValueError(f"{member.name} is no plain file")
+                records.append(np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073))
+        records = np.concatenate(records)
+    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
+
+
+def list_folder(folder):
+    """-> files in order, labels (N,) int64 or None, names of the classes: the subfolders, or none for a flat folder."""
+    folder = pathlib.Path(folder)
+    files = image_files(f"--data {folder}", folder)
+    classes = sorted({f.relative_to(folder).parts[0] for f in files if f.parent != folder})
+    if classes and any(f.parent == folder for f in files):
+        raise UserError(f"--data {folder}: holds images beside class subfolders; use either")
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[f.relative_to(folder).parts[0]] for f in files], np.int64) if classes else None
+    return files, labels, classes
+
+
+def read_folder(folder, size, data_dir, skip_broken=False, say=print):
+    """Class subfolders or one flat folder of images -> memmap (N,size,size,3) and labels or None. Decoded once; the
+    next run with the same files, size and data_dir finds the result by a fingerprint of names, lengths and times."""
+    files, labels, classes = list_folder(folder)
+    size = size or min(read_image(f"--data {folder}", files[0]).shape[:2])
+    listing = repr([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size])
+    name = f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
+    cache, shape = pathlib.Path(data_dir, name), (len(files), size, size, 3)
+    record = read_record(cache.with_suffix(".json"))
+    try:
+        images = np.load(cache, mmap_mode="r")
+        whole = record and images.dtype == np.uint8 and images.shape == shape
+    except Exception:  # not there, or damaged in any way: decode again
+        whole = False
+    if not whole:
+        check_writable("--data_dir", cache.parent)
+        part, kept, tell = cache.with_suffix(".part"), [], progress(say, "decoding")
+        images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        for i, file in enumerate(files):
+            try:
+                images[len(kept)] = read_image(f"--data {folder}", file, size)
+                kept.append(int(labels[i]) if classes else 0)
+            except UserError as error:
+                if not skip_broken:
+                    part.unlink()
+                    raise UserError(f"{error}; mend or delete it, or add --skip_broken") from None
+                say(f"skipped {error}")
+            tell(i + 1, len(files))
+        if not kept:
+            part.unlink()
+            raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
+        images.flush()
+        record = {"labels": kept, "classes": classes, "source": str(folder)}
+        write_record(cache.with_suffix(".json"), record)
+        part.replace(cache)
+    images = np.load(cache, mmap_mode="r")[:len(record["labels"])]
+    return images, np.array(record["labels"], np.int64) if record["classes"] else None
+
+
+def read_latents(directory):
+    """A folder written by autoencoder.cache_latents -> Images. The latents themselves, which may be large, are checked
+    for their shape alone."""
+    record = read_record(pathlib.Path(directory, "record.json"))
+    if not record.get("complete"):
+        raise UserError(f"--data {directory}: its latents are incomplete, or their record is damaged; run the command "
+                        "with --cache_latents again")
+    with reading(f"--data {directory}: its latents", "; delete the folder and make it again"):
+        latents = np.load(pathlib.Path(directory, "latents.npy"), mmap_mode="r")
+        labels = np.array(np.load(pathlib.Path(directory, "labels.npy"), mmap_mode="r"))
+        if (list(latents.shape) != record["shape"] or latents.ndim != 6 or latents.dtype != np.float16
+                or labels.shape != latents.shape[:1]):
+            raise ValueError(f"latents of shape {latents.shape}, labels of {labels.shape}")
+        if (labels.dtype != np.int64 or hashlib.sha256(labels.tobytes()).hexdigest() != record["labels"]
+                or labels.min() < 0 or labels.max() >= max(1, record["num_classes"])):
+            raise ValueError("other labels")
+        return Images(latents, labels, record["num_classes"], record)
+
+
+def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=False, say=print):
+    """--data by name or path -> Images. The one reader of training data and of references."""
+    path = pathlib.Path(data)
+    if data == "digits":
+        images, labels = draw_digits(size=image_size or 24, seed=seed)
+    elif data in IDX_FILES:
+        images, labels = read_idx_set(data, data_dir)
+    elif data == "cifar10":
+        images, labels = read_cifar10(data_dir)
+    elif path.is_dir() and (path / "record.json").is_file() and (path / "latents.npy").is_file():
+        found = read_latents(path)
+        if image_size not in (None, found.latent["image_size"]):
+            raise UserError(f"--image_size {image_size}: the latents of {data} are of images of "
+                            f"{found.latent['image_size']}; leave it out")
+        return found
+    elif path.is_dir():
+        images, labels = read_folder(path, image_size, data_dir, skip_broken, say)
+    elif path.is_file() and path.suffix == ".npz":
+        images, labels = read_npz(path)
+    else:
+        raise UserError(f"--data {data}: no such data set, .npz file or folder (data sets: {', '.join(DATA_SETS)})")
+    size = image_size or min(images.shape[1:3])
+    if images.shape[1:3] != (size, size):
+        if images.shape[3] > 4:
+            raise UserError(f"--image_size {size}: {data} has {images.shape[3]} channels, only images of up to 4 can "
+                            "be resized")
+        images = resize_images(images, size)
+    if labels is None:
+        return Images(images, np.zeros(len(images), np.int64), 0)
+    return Images(images, labels.astype(np.int64), int(labels.max()) + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What bridges start from
+
+class Reference(NamedTuple):
+    """kind: a name of DEGRADATIONS (x1 is a degraded x0), paired (image i belongs to x0 number i) or unpaired (another
+    data set, drawn independently); images (M,H,W,C) uint8 for the latter two."""
+    kind: str
+    images: np.ndarray = None
+
+    def rows(self, data, chosen, key, part=slice(None)):
+        """x1 (b,H,W,C) uint8 for the images `chosen` (B,) of a whole batch, rows `part` of it: a function of the key
+        (seed, step, job) and the row."""
+        seed, step, job = key
+        if self.kind == "paired":
+            return self.images[chosen[part]]
+        if self.kind == "unpaired":
+            g = generator(seed, step, job, "reference")
+            return self.images[torch.randint(len(self.images), (len(chosen),), generator=g).numpy()[part]]
+        tag = sum(map(ord, job))  # numpy's seeds are numbers
+        return degrade(self.kind, data[chosen[part]], [(seed, step, tag, i) for i in range(*part.indices(len(chosen)))])
+
+
+def load_reference(name, images, data_dir, say=print):
+    """--reference: a degradation, an .npz with x1 (paired with the data), or another data set -> Reference for images
+    (N,H,W,C)."""
+    side, channels = images.shape[1], images.shape[3]
+    if name in DEGRADATIONS:
+        check_degradation("--reference", name, side, channels)
+        return Reference(name)
+    if pathlib.Path(name).is_file():
+        x1, _ = read_npz(name, "--reference", REFERENCE_NAMES)
+        with np.load(name) as npz:
+            kind = "paired" if "x1" in npz else "unpaired"
+    elif pathlib.Path(name).exists() or name in DATA_SETS:
+        try:
+            kind, x1 = "unpaired", load_images(name, data_dir, side, say=say).images
+        except UserError as error:
+            raise UserError(str(error).replace("--data", "--reference", 1)) from None
+    else:
+        raise UserError(f"--reference {name}: no such degradation ({', '.join(DEGRADATIONS)}), .npz file, folder or "
+                        "data set")
+    if x1.shape[1:] != images.shape[1:]:
+        raise UserError(f"--reference {name}: images of shape {x1.shape[1:]}, the data's are {images.shape[1:]}")
+    if kind == "paired" and len(x1) != len(images):
+        raise UserError(f"--reference {name}: {len(x1)} paired images for {len(images)} of the data")
+    return Reference(kind, x1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+@functools.lru_cache(2)  # a batch meets two passes at most, unless it is larger than the data
+def shuffled(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(n, batch, step, seed):
+    """The indices of step's batch in an endless sequence of shuffled passes over n items -> (batch,) int64 array."""
+    position = np.arange(step * batch, (step + 1) * batch)
+    chosen = np.empty(batch, np.int64)
+    for epoch in np.unique(position // n):
+        here = position // n == epoch
+        chosen[here] = shuffled(n, seed, int(epoch))[position[here] % n]
+    return chosen
+
+
+class Stream(NamedTuple):
+    """Everything random of a run, as functions of (seed, step, key, row of the whole batch): any number of processes
+    sees what one would. part: this process' rows; shape: (C,H,W); times: the range of t."""
+    seed: int
+    batch: int
+    part: slice
+    device: Any
+    shape: tuple
+    num_classes: int
+    times: tuple
+    data: Optional[Images] = None
+    reference: Optional[Reference] = None
+
+    def draw(self, *key):
+        """Fresh x1, z, t and labels y. key: (step, name, ...)."""
+        x1, z, u = draw_noise((self.batch, *self.shape), self.part, self.device, self.seed, *key)
+        g = generator(self.seed, *key, "labels", device=self.device)
+        y = torch.randint(max(1, self.num_classes), (self.batch,), generator=g, device=self.device)[self.part]
+        return Batch(x1=x1, z=z, t=self.times[0] + (self.times[1] - self.times[0]) * u, y=y)
+
+    def labels(self, chosen):
+        """Labels of real images, the null class where they have none."""
+        y = torch.from_numpy(self.data.labels[chosen]).to(self.device)
+        return y if self.data.num_classes and self.num_classes else torch.full_like(y, self.num_classes)
+
+    def references(self, chosen, key, part=slice(None)):
+        """A bridge's x1 (b,C,H,W) of these images; key: (step, name)."""
+        return to_device(self.reference.rows(self.data.images, chosen, (self.seed, *key), part), self.device)
+
+    def draw_data(self, *key):
+        """Real images x0 with their labels y and, on bridges, their x1. key: (step, name, ...)."""
+        g = generator(self.seed, *key, "images")
+        chosen = torch.randint(len(self.data.images), (self.batch,), generator=g).numpy()
+        mine = chosen[self.part]
+        x0 = self.data.x0(self.data.images[mine], chosen, self.part, self.device, self.seed, *key)
+        x1 = self.references(chosen, (key[0], "-".join(map(str, key[1:]))), self.part) if self.reference else None
+        return Batch(x0=x0, x1=x1, y=self.labels(mine))
+
+    def epochs(self, step, pairs=False):
+        """Batches of real images in shuffled passes from this step on, with their labels and, on bridges, x1: gathered
+        in a second thread while the step before runs. pairs: each image twice, side by side."""
+        def gather(step):
+            chosen = batch_indices(len(self.data.images), self.batch, step, self.seed)
+            chosen = chosen.repeat(2)[:self.batch] if pairs else chosen
+            mine, key = chosen[self.part], (self.seed, step, "teacher")
+            x1 = self.reference.rows(self.data.images, chosen, key, self.part) if self.reference else None
+            arrays = (None if a is None else torch.from_numpy(np.ascontiguousarray(a))
+                      for a in (self.data.images[mine], x1, self.data.labels[mine]))
+            return chosen, [a if a is None or self.device.type != "cuda" else a.pin_memory() for a in arrays]
+
+        with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+            pending = ahead.submit(gather, step)
+            while True:
+                chosen, (rows, x1, y) = pending.result()
+                pending = ahead.submit(gather, step + 1)
+                yield Batch(x0=self.data.x0(rows, chosen, self.part, self.device, self.seed, step),
+                            x1=x1 if x1 is None else to_device(x1, self.device), y=y.to(self.device, non_blocking=True))
+                step += 1

@@ -1,0 +1,244 @@
+"""Pixels in and out: decoding, uint8, pictures, and the degradations that restoration bridges start from."""
+import io
+import logging
+import math
+import os
+import pathlib
+import warnings
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from common.files import check_archive, reading, save_file
+from common.run import UserError
+
+# About odd files Pillow warns and logs: what matters is whether they can be read.
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # whatever a file is named: none starts another program
+IMAGE_NAMES = (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))  # of images and labels in an .npz
+REFERENCE_NAMES = (("x1", "y1"), *IMAGE_NAMES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def image_files(label, folder):
+    """Every image below the folder, in order. Raises UserError, which begins with label, where there is none."""
+    def stop(error):  # a folder that cannot be listed is not one without images
+        raise UserError(f"{label}: {error.filename} cannot be listed ({error.strerror}); mend its permissions or "
+                        "move it away")
+
+    found, seen, root = [], set(), os.path.realpath(folder)
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if os.path.realpath(place) in seen:  # links may form loops
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        paths = [os.path.join(place, name) for name in sorted(folders) if name != "lost+found"]
+        # A link to another part of this folder would read images twice, one to a folder around it would never end.
+        folders[:] = [os.path.basename(p) for p in paths if not os.path.islink(p) or os.path.commonpath(
+            [root, os.path.realpath(p)]) not in (root, os.path.realpath(p))]
+        found += [pathlib.Path(place, name) for name in names]
+    files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not files:
+        raise UserError(f"{label}: no images in this folder (looked for {' '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def read_image(label, path, size=None):
+    """Any image file -> (H,W,3) uint8, turned upright and, with size, centre-cropped and resized to a square. Grey,
+    palette and CMYK are converted, 16 bits are scaled to 8. Raises UserError, which begins with label, for a broken
+    file, or one of more pixels than Pillow thinks safe."""
+    with reading(f"{label}: {path}"), Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, at most {Image.MAX_IMAGE_PIXELS} in all are read")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            pixels = np.asarray(image, np.float64)
+            if not np.isfinite(pixels).all():
+                raise ValueError("pixels that are not finite")
+            pixels = pixels * (255 / 65535 if image.mode.startswith("I") else 255 if pixels.max() <= 1 else 1)
+            image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
+
+
+def resize_images(images, size):
+    """(N,H,W,C) uint8 of up to four channels, cropped and resized as files are -> (N,size,size,C)."""
+    return np.stack([np.asarray(ImageOps.fit(as_pillow(image), (size, size), Image.Resampling.LANCZOS)).reshape(
+        size, size, -1) for image in images])
+
+
+def as_pillow(image):
+    """(H,W,C) uint8 -> Pillow's image; more than four channels show the first three."""
+    image = image[..., :3] if image.shape[-1] > 4 else image
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+def read_npz(path, flag="--data", names=IMAGE_NAMES):
+    """The first of these pairs that is there -> images (N,H,W,C) uint8 and labels (N,) or None."""
+    label = f"{flag} {path}"
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{label}: not a readable .npz file")
+    with reading(label):
+        check_archive(path)
+        with np.load(path, allow_pickle=False) as npz:
+            found = next((pair for pair in names if pair[0] in npz), None)
+            if found is None:
+                raise UserError(f"{label}: no images inside (looked for {', '.join(pair[0] for pair in names)}; found "
+                                f"{', '.join(npz.files) or 'nothing'})")
+            images, labels = (npz[name] if name in npz else None for name in found)
+        if images.dtype != np.uint8:
+            raise UserError(f"{label}: {found[0]} is {images.dtype}, images must be uint8 (0 to 255)")
+        images = images[..., None] if images.ndim == 3 else images
+        if images.ndim != 4 or 0 in images.shape or images.shape[3] > min(images.shape[1:3]):
+            raise UserError(f"{label}: {found[0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C), channels "
+                            "last")
+        if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
+                                   or labels.max() >= 1000000):
+            raise UserError(f"{label}: {found[1]} must be {len(images)} whole numbers from 0 to 999999, found "
+                            f"{labels.dtype} of shape {labels.shape}")
+    return images, labels
+
+
+def read_images(flag, path, side, channels):
+    """A file, a folder or an .npz, each image side x side -> (n,side,side,channels) uint8, labels (n,) or None."""
+    path, want = pathlib.Path(path), (side, side, channels)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        images, labels = read_npz(path, flag, REFERENCE_NAMES if flag == "--reference" else IMAGE_NAMES)
+        if images.shape[1:] != want:
+            raise UserError(f"{flag} {path}: images of shape {images.shape[1:]}, the checkpoint works on {want}")
+        return images, labels
+    if not path.exists():
+        raise UserError(f"{flag} {path}: no such file or folder")
+    images = []
+    for file in [path] if path.is_file() else image_files(f"{flag} {path}", path):
+        image = read_image(f"{flag} {path}", file)
+        if image.shape[:2] != (side, side) or channels not in (1, 3):
+            raise UserError(f"{flag} {path}: {file} is {image.shape[1]}x{image.shape[0]}, the checkpoint works on "
+                            f"{side}x{side}x{channels}")
+        images.append(image if channels == 3 else np.asarray(Image.fromarray(image).convert("L"))[..., None])
+    return np.stack(images), None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between uint8 and networks
+
+def to_device(images, device):
+    """(B,H,W,C) uint8 array or tensor -> (B,C,H,W) float32 in [-1, 1] on the device."""
+    x = images if torch.is_tensor(images) else torch.from_numpy(np.ascontiguousarray(images))
+    return x.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """(B,C,H,W) in [-1, 1] -> (B,H,W,C) uint8, rounded: the only place where pixels leave floating point."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def grid(images, columns, gap=2):
+    """(n,H,W,C) uint8 -> (H',W',3) uint8, row by row; more than three channels show the first three."""
+    n, height, width, channels = images.shape
+    images = images[..., :3] if channels >= 3 else np.repeat(images[..., :1], 3, -1)
+    rows = math.ceil(n / columns)
+    out = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        out[top:top + height, left:left + width] = image
+    return out
+
+
+def enlarge(picture, pixels=640):
+    """Repeat pixels so that small images can be seen: a whole factor, nothing is interpolated."""
+    factor = max(1, pixels // max(picture.shape[:2]))
+    return picture.repeat(factor, 0).repeat(factor, 1)
+
+
+def square_grid(images, pixels=640):
+    """At least ten images a row, about as many rows as columns, enlarged."""
+    return enlarge(grid(images, min(len(images), max(10, math.ceil(len(images) ** 0.5)))), pixels)
+
+
+def stack_rows(rows, pixels=640):
+    """A list of (n,H,W,C) uint8, each a row of the picture, enlarged."""
+    return enlarge(grid(np.concatenate(rows), len(rows[0])), pixels)
+
+
+def save_picture(path, picture):
+    save_file(path, lambda f: Image.fromarray(picture).save(f, format="PNG"))
+
+
+def side_by_side(panels, captions):
+    """Pictures of one height, each with its captions (a list of lines) under it -> one picture on white."""
+    size = max(14, panels[0].shape[1] // 30)
+    font, gap, line = ImageFont.load_default(size), size, size + size // 3
+    height, width = panels[0].shape[0], sum(p.shape[1] for p in panels) + gap * (len(panels) + 1)
+    canvas = Image.new("RGB", (width, height + gap + line * max(map(len, captions)) + gap), "white")
+    draw, left = ImageDraw.Draw(canvas), gap
+    for panel, lines in zip(panels, captions):
+        canvas.paste(Image.fromarray(panel), (left, gap))
+        for i, text in enumerate(lines):
+            draw.text((left + panel.shape[1] / 2, height + gap + gap // 2 + i * line), text, "black", font, anchor="ma")
+        left += panel.shape[1] + gap
+    return np.asarray(canvas)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Degradations
+
+def lowres4(image, rng):
+    """4x4 boxes replaced by their mean."""
+    height, width, channels = image.shape
+    small = image.reshape(height // 4, 4, width // 4, 4, channels).mean((1, 3))
+    return small.repeat(4, 0).repeat(4, 1)
+
+
+def inpaint(image, rng):
+    """The central square of half the side filled with noise."""
+    out, side = image.astype(np.float64), image.shape[0]
+    hole = slice(side // 4, side // 4 + side // 2)
+    out[hole, hole] = 127.5 * (1 + rng.standard_normal(out[hole, hole].shape))
+    return out
+
+
+def jpeg10(image, rng):
+    """Through JPEG at quality 10."""
+    buffer = io.BytesIO()
+    as_pillow(image).save(buffer, "JPEG", quality=10)
+    return np.asarray(Image.open(buffer)).reshape(image.shape)
+
+
+def noisy(image, rng):
+    """Gaussian noise of half the range's half: x0 + 0.5 z in units of [-1, 1]."""
+    return image + 0.5 * 127.5 * rng.standard_normal(image.shape)
+
+
+DEGRADATIONS = {"lowres4": lowres4, "inpaint": inpaint, "jpeg10": jpeg10, "noise0.5": noisy}
+
+
+def degrade(name, images, *key):
+    """The reference x1 of a restoration bridge: images (n,H,W,C) uint8 -> the same, degraded. Row i depends on (key, i)
+    alone; key is one sequence of whole numbers per row, or one for all, to which the row is appended."""
+    keys = key[0] if key and not np.isscalar(key[0]) else [(*key, i) for i in range(len(images))]
+    rows = [DEGRADATIONS[name](image, np.random.default_rng(k)) for image, k in zip(images, keys)]
+    return np.stack(rows).round().clip(0, 255).astype(np.uint8)
+
+
+def check_degradation(flag, name, side, channels):
+    if name == "lowres4" and side % 4:
+        raise UserError(f"{flag} lowres4: the image side {side} is not a multiple of 4")
+    if name == "jpeg10" and channels not in (1, 3):
+        raise UserError(f"{flag} jpeg10: JPEG has 1 or 3 channels, not {channels}")
+
+
+def psnr(images, truth):
+    """Mean over the images of 10 log10(255^2 / mean squared error), both (n,H,W,C) uint8."""
+    error = ((images.astype(np.float64) - truth) ** 2).mean((1, 2, 3))
+    return float((10 * np.log10(255 ** 2 / np.maximum(error, 1e-3))).mean())

@@ -1,0 +1,270 @@
+"""What the trainers learn, through their main(): a two-class mixture drawn as 4x4 pixels, seconds a run.
+
+Class 0 is bright above and dark below or the other way round, class 1 the same from side to side: two modes a class,
+so that a guess by the mean is grey and the sign has to come out of the noise."""
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import model
+from common.files import load_checkpoint
+from fid import frechet
+from interpolants import Sampler
+from sample import generate
+
+PATTERNS = np.stack([np.where(np.arange(4)[:, None] < 2, 1, -1) + np.zeros((4, 4)),
+                     np.where(np.arange(4)[None, :] < 2, 1, -1) + np.zeros((4, 4))])
+N = 1000
+
+
+def draw(seed, n=N, brighter=0):
+    """-> images (n,4,4) uint8, labels (n,)."""
+    rng, labels = np.random.default_rng(seed), np.arange(n) % 2
+    pixels = 128 + brighter + rng.choice([-60, 60], n)[:, None, None] * PATTERNS[labels] + rng.normal(0, 8, (n, 4, 4))
+    return pixels.clip(0, 255).round().astype(np.uint8), labels
+
+
+def distance(images, brighter=0):
+    """Fréchet distance in pixel space between images (n,4,4,1) and fresh data."""
+    a, b = (v.reshape(len(v), -1) / 127.5 for v in (images, draw(1, brighter=brighter)[0]))
+    return frechet(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+
+
+def sampled(path, sampler=Sampler(), labels=np.arange(N) % 2, x1=None):
+    net, config = model.load_model(path)
+    return generate(net, config, labels, 5, range(N), sampler, x1)
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory, run_script):
+    """A folder with the data, brighter data, and teachers of the mixture: one from noise, and a bridge from x1, which
+    shows the class but not the sign."""
+    folder = tmp_path_factory.mktemp("mixture")
+    images, labels = draw(0)
+    x1 = (128 + 30 * PATTERNS[labels]).astype(np.uint8)
+    np.savez(folder / "data.npz", x_train=images, y_train=labels)
+    np.savez(folder / "brighter.npz", x_train=draw(2, brighter=40)[0], y_train=labels)
+    np.savez(folder / "pairs.npz", x1=x1, y1=labels)
+    flags = ("--data", folder / "data.npz", "--model", "SiT-XXS/4", "--ema", 0.98, "--iters", 400, "--device", "cpu")
+    run_script("train_teacher", *flags, "--out", folder / "linear")
+    run_script("train_teacher", *flags, "--out", folder / "bridge", "--interpolant", "bridge", "--reference",
+               folder / "pairs.npz")
+    return folder
+
+
+def run(script, name, *flags):
+    code, _, err = script(name, "--device", "cpu", *flags)
+    assert code == 0, err
+
+
+def trained(script, mixture, out, *flags):
+    run(script, "train_teacher", "--data", mixture / "data.npz", "--model", "SiT-XXS/4", "--out", out, *flags)
+    return out / "teacher.pt"
+
+
+def distilled(script, mixture, out, *flags, teacher="linear", iters=100):
+    run(script, "distill", "--teacher_ckpt", mixture / teacher / "teacher.pt", "--batch", 32, "--lr", 2e-3,
+        "--ema", 0.95, "--iters", iters, "--out", out, *flags)
+    return out / "student.pt"
+
+
+SETTINGS = {
+    **{name: (name,) for name in distill.OBJECTIVES},
+    "gan": ("sid", "--data", "data.npz", "--gan_weight", 0.03),
+    "realuid": ("gap", "--data", "data.npz", "--real_alpha", 0.9, "--real_beta", 0.9),
+    "few steps": ("dmd", "--student_steps", 2),
+    "bridge": ("sid", "--lr", 1e-3, "--k_psi", 3),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_students_average_comes_closer_to_the_data(script, mixture, tmp_path, monkeypatch, setting):
+    """Closer than at iteration 0, when it is the teacher's guess from --t_init, and than the teacher's guess from t =
+    1."""
+    monkeypatch.chdir(mixture)
+    objective, *flags = SETTINGS[setting]
+    kind, x1 = ("bridge", np.load("pairs.npz")["x1"][..., None]) if setting == "bridge" else ("linear", None)
+    student = distilled(script, mixture, tmp_path, "--objective", objective, *flags, teacher=kind)
+    (net, config), teacher = model.load_model(student), model.load_model(mixture / kind / "teacher.pt")
+    labels = np.arange(N) % 2
+    start, end, guess = (distance(generate(n, c, labels, 5, range(N), Sampler(steps), x1)) for n, c, steps in (
+        (teacher[0], config, None), (net, config, None), (*teacher, 1)))
+    print(setting, "start", start, "end", end, "guess", guess)
+    assert end < 0.5 * start and end < 0.5 * guess
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance, the discriminator, averages
+
+def strength(images):
+    """How much of its class's pattern an image holds, whatever the sign, in grey levels; the mean over the images."""
+    return np.abs(((images[..., 0].astype(float) - 128) * PATTERNS[np.arange(N) % 2]).mean((1, 2))).mean()
+
+
+def test_a_guided_student_goes_where_its_guided_teacher_is(script, mixture, tmp_path):
+    """Guidance moves samples away from what the classes share, towards stronger patterns."""
+    plain, guided = (strength(sampled(mixture / "linear/teacher.pt", Sampler(25, cfg_scale=scale))) for scale in (1, 3))
+    students = [strength(sampled(distilled(script, mixture, tmp_path / str(scale), "--cfg_scale", scale)))
+                for scale in (1, 3)]
+    assert guided > plain + 5
+    assert min(students[1] - plain, students[1] - students[0]) > 0.3 * (guided - plain)
+
+
+def test_a_discriminator_draws_the_student_to_the_real_data(script, mixture, tmp_path):
+    """Real images that are brighter than the teacher's make a brighter student, and the more weight the brighter."""
+    flags = ("--data", mixture / "brighter.npz", "--iters", 60)
+    means = [sampled(distilled(script, mixture, tmp_path / str(weight), *flags, "--gan_weight", weight)).mean()
+             for weight in (1e-3, 1)]
+    assert means[1] > means[0] + 5
+
+
+@pytest.mark.parametrize("job", ["teacher", "distill"])
+def test_averages_are_of_the_trained_network_and_are_what_is_sampled(script, mixture, tmp_path, job):
+    """The saved averages after four iterations, from the raw weights after each of them."""
+    weights, flags = [], ("--ema", 0.5, *[0.9] * (job == "distill"))
+    for iters in range(1, 5):
+        if job == "teacher":
+            state = load_checkpoint(trained(script, mixture, tmp_path, *flags, "--iters", iters))
+            weights.append((state["model"], [state["ema"]]))
+        else:
+            distilled(script, mixture, tmp_path, *flags, iters=iters)
+            state = load_checkpoint(tmp_path / "resume.pt")
+            weights.append((state["student"], state["averages"]))
+    net, _ = model.load_model(tmp_path / ("teacher.pt" if job == "teacher" else "student.pt"))
+    assert all(torch.equal(value, weights[-1][1][0][name]) for name, value in net.named_parameters())
+    for i, decay in enumerate(flags[1:]):
+        average, now = model.frozen_copy(net), model.frozen_copy(net)
+        average.load_state_dict(weights[0][1][i])
+        for step, (raw, _) in enumerate(weights[1:], 2):
+            now.load_state_dict(raw)
+            model.ema_update(average, now, decay, step)
+        assert all(torch.equal(value, weights[-1][1][i][name]) for name, value in average.named_parameters())
+    first, last = (w[1][0]["final_layer.linear.weight"] for w in (weights[0], weights[-1]))
+    assert not torch.equal(first, last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the networks are called with, in main() itself
+
+class Call(NamedTuple):
+    net: str
+    x_t: torch.Tensor
+    t: torch.Tensor
+    y: torch.Tensor
+    x1: torch.Tensor
+    trains: bool
+
+
+@pytest.fixture
+def spied(script, mixture, tmp_path, monkeypatch):
+    """spied(flags) -> the calls of teacher, student (G) and critic (psi) in one iteration of distill.py, in order."""
+    def call(*flags, teacher="linear"):
+        nets, calls, names, forward, load = {}, [], iter(("G", "psi")), model.SiT.forward, distill.load_named
+
+        def remember(name, net):
+            nets[id(net)] = name
+            return net
+
+        def load_named(*args):
+            net, config = load(*args)
+            return remember("teacher", net), config
+
+        def spy(self, x_t, t, y=None, x1=None, middle=False):
+            calls.append(Call(nets.get(id(self)), x_t.detach(), t, y, x1, torch.is_grad_enabled()))
+            return forward(self, x_t, t, y, x1, middle)
+        with monkeypatch.context() as patch:
+            patch.setattr(distill, "build_model", lambda config: remember(next(names), model.build_model(config)))
+            patch.setattr(distill, "load_named", load_named)
+            patch.setattr(model.SiT, "forward", spy)
+            distilled(script, mixture, tmp_path, "--batch", 8, *flags, teacher=teacher, iters=1)
+        last = max(i for i, c in enumerate(calls) if c.net == "psi" and c.trains)  # then pictures
+        return [c for c in calls[:last + 1] if c.net]
+    return call
+
+
+def of(calls, net):
+    return [c for c in calls if c.net == net]
+
+
+def test_the_student_starts_at_t_init_and_losses_keep_to_their_times(spied):
+    calls = spied("--t_init", 0.6, "--t_min", 0.3, "--t_max", 0.4, "--k_psi", 3)
+    assert all(torch.equal(c.t, torch.full((8,), 0.6)) for c in of(calls, "G"))
+    for c in of(calls, "teacher") + of(calls, "psi"):
+        assert 0.3 <= c.t.min() and c.t.max() <= 0.4 and c.t.max() - c.t.min() > 0.05
+
+
+@pytest.mark.parametrize("more", [(), ("--reuse_samples",)])
+def test_every_critic_step_has_noise_and_times_of_its_own_and_the_students_labels(spied, more):
+    calls = spied("--k_psi", 3, *more)
+    critic, student = of(calls, "psi")[:3], of(calls, "G")
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(critic[a].t, critic[b].t) and not torch.equal(critic[a].x_t, critic[b].x_t)
+    for c in critic:
+        assert any(torch.equal(c.y, g.y) for g in student)
+    assert torch.equal(critic[-1].y, student[0].y)  # the last one learns on the samples of the student's own step
+    assert torch.equal(of(calls, "teacher")[-1].y, student[0].y) and torch.equal(of(calls, "psi")[-1].y, student[0].y)
+
+
+def test_guidance_is_the_teachers_alone(spied):
+    calls = spied("--cfg_scale", 2)
+    assert all(len(c.t) == 16 and (c.y[8:] == 2).all() and (c.y[:8] < 2).all() for c in of(calls, "teacher"))
+    assert all(len(c.t) == 8 and (c.y < 2).all() for c in of(calls, "G") + of(calls, "psi"))
+
+
+def test_a_bridges_networks_see_the_x1_that_the_student_came_from(spied, mixture):
+    calls = spied("--k_psi", 2, teacher="bridge")
+    known = np.load(mixture / "pairs.npz")["x1"][:2] / 127.5 - 1
+    for c in calls:
+        assert torch.allclose(c.x1, torch.from_numpy(known).float()[c.y][:, None])
+
+
+def test_student_and_critic_start_from_the_teachers_average(script, mixture, tmp_path):
+    distilled(script, mixture, tmp_path, "--lr", 1e-12, iters=1)
+    state, teacher = load_checkpoint(tmp_path / "resume.pt"), load_checkpoint(mixture / "linear/teacher.pt")
+    for net in ("student", "critic"):
+        for name, value in teacher["ema"].items():
+            assert torch.allclose(state[net][name], value, atol=1e-9), name
+    raw, average = (teacher[key]["x_embedder.proj.weight"] for key in ("model", "ema"))
+    assert not torch.allclose(raw, average, atol=1e-6)
+
+
+def test_labels_are_dropped_as_often_as_told(script, mixture, tmp_path, monkeypatch):
+    seen, forward = [], model.SiT.forward
+    monkeypatch.setattr(model.SiT, "forward", lambda self, *args: (seen.append(args[2]), forward(self, *args))[1])
+    for share in (0, 0.5, 1):
+        seen.clear()
+        trained(script, mixture, tmp_path / str(share), "--batch", 200, "--iters", 1, "--label_dropout", share)
+        assert (seen[0] == 2).float().mean() == pytest.approx(share, abs=0.15 if share == 0.5 else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags that must matter
+
+@pytest.mark.parametrize("flags", [
+    ("--kappa", 0.5), ("--weight", "uniform"), ("--units", "velocity"), ("--grad", "stop"), ("--cfg_scale", 3),
+    ("--critic_cfg_scale", 3), ("--t_init", 0.5), ("--real_alpha", 0.5), ("--real_beta", 0.5), ("--gan_weight", 0.5),
+    ("--gan_critic_weight", 0.5)], ids=lambda flags: flags[0])
+def test_a_flag_of_the_objective_changes_what_is_learnt(script, mixture, tmp_path, flags):
+    net = "critic" if flags[0] == "--gan_critic_weight" else "student"
+    data = ("--data", mixture / "data.npz", "--gan_weight", 0.1) if "gan" in flags[0] or "real" in flags[0] else ()
+    weights = []
+    for name, more in (("without", ()), ("with", flags)):
+        distilled(script, mixture, tmp_path / name, *data, *more, iters=2)
+        weights.append(load_checkpoint(tmp_path / name / "resume.pt")[net]["final_layer.linear.weight"])
+    assert (weights[0] - weights[1]).abs().max() > 1e-5
+
+
+def test_accumulation_leaves_the_size_of_gradients(script, mixture, tmp_path):
+    """Adam does not see a gradient's scale: its logged norm tells."""
+    norms = []
+    for accum in (1, 2):
+        out = tmp_path / str(accum)
+        distilled(script, mixture, out, "--accum", accum, iters=1)
+        trained(script, mixture, out, "--accum", accum, "--iters", 1)
+        distill_line, teacher_line = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        norms += [distill_line["critic_norm"], distill_line["student_norm"], teacher_line["grad_norm"]]
+    assert norms[:3] == pytest.approx(norms[3:], rel=1e-3)
