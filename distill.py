@@ -260,7 +260,7 @@ def parse_flags():
         "samples (fresh times and noise): cheaper for --k_psi above 1")
     add("--critic_lr", type=number(float, 0, open_low=True), default=None, help="the critic's learning rate (3 times "
         "--lr)")
-    add("--ema", type=number(float, 0, 1), default=[0.995], nargs="+", help="decays of the student's averages; the "
+    add("--ema", type=number(float, 0, 1), default=[0.98], nargs="+", help="decays of the student's averages; the "
         "first is sampled")
     add = parser.group("real data")
     add("--data", default=None, help="real data, for the flags below and for bridges (a bridge takes its teacher's); "
@@ -271,7 +271,10 @@ def parse_flags():
     add("--real_alpha", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's alpha in (0, 1]: below "
         "1 the critic also learns from real data")
     add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]")
-    add("--gan_weight", type=number(float, 0), default=0.0, help="weight of an adversarial loss on real data; 0 = off")
+    add("--gan_weight", type=number(float, 0), default=0.0, help="weight of an adversarial loss on real data in the "
+        "student's loss; 0 = off")
+    add("--gan_critic_weight", type=number(float, 0), default=None, help="its weight in the critic's loss "
+        "(--gan_weight)")
     add("--gan_lr", type=number(float, 0, open_low=True), default=None, help="the discriminator head's learning rate "
         "(the critic's)")
     add("--gan_from", type=number(int, 0), default=0, help="iteration at which the adversarial loss starts")
@@ -319,7 +322,7 @@ def check_real(args, config):
     if changed and (args.cfg_scale != 1 or args.critic_cfg_scale != 1):
         raise UserError(f"{flag}: the data do not follow the law of a guided teacher (--cfg_scale {args.cfg_scale:g}, "
                         f"--critic_cfg_scale {args.critic_cfg_scale:g}); leave one out")
-    for name, default in (("gan_lr", None), ("gan_from", 0)):
+    for name, default in (("gan_critic_weight", None), ("gan_lr", None), ("gan_from", 0)):
         if getattr(args, name) != default and not args.gan_weight:
             raise UserError(f"--{name} {getattr(args, name)}: there is no adversarial loss; add --gan_weight, or "
                             "leave it out")
@@ -398,6 +401,7 @@ def main():
     times = [args.t_init * (args.student_steps - i) / args.student_steps for i in range(args.student_steps)]
     config = {**config, "student": {"times": times, "steps": args.student_steps, **{key: getattr(args, key) for key in (
         "t_init", "cfg_scale", "cfg_interval", "objective", "kappa", "grad", "weight", "units")}}}
+    critic_gan_weight = args.gan_weight if args.gan_critic_weight is None else args.gan_critic_weight
     objective = Objective(args.kappa, args.grad, args.weight, args.units, args.real_alpha, args.real_beta)
 
     players, step = make_players(args, config, teacher), 0
@@ -462,7 +466,7 @@ def main():
                 if adversarial:  # non-saturating, on the critic's own tokens, which learn from it too
                     low, high = discriminate(problem, psi.net, head.wrapped, f, r).chunk(2)
                     head_loss = F.softplus(low).mean() + F.softplus(-high).mean()
-                    total = loss + args.gan_weight * head_loss
+                    total = loss + critic_gan_weight * head_loss
                     run.add(head_loss=head_loss)
                 (total / args.accum).backward()
                 run.add(critic_loss=loss)

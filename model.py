@@ -266,10 +266,12 @@ def frozen_copy(net):
 
 @torch.no_grad()
 def ema_update(ema, net, decay, step):
-    """ema <- decay ema + (1 - decay) net, in place. The decay warms up with the step, so early averages are not
-    noise."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    """Put net (its weights after iteration `step`, counted from 1) into its average, in place. The weight of iteration
+    i is proportional to decay^(step - i), as in Adam's bias correction: an average of what has been so far, without a
+    trace of the weights it started from, whose decay acts as soon as a run is longer than 1 / (1 - decay); 1 is the
+    plain mean."""
+    share = 1 / step if decay == 1 else (1 - decay) / (1 - decay ** step)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

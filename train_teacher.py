@@ -66,7 +66,7 @@ def parse_flags():
         "for guidance")
     add("--antithetic", action="store_true", help="bridges: every pair of images of a batch is one image with z and "
         "with -z")
-    add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged weights")
+    add("--ema", type=number(float, 0, 1), default=0.99, help="decay of the averaged weights")
     add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW's decay")
     add_run_flags(parser, iters=1200, lr=3e-3, warmup=100, decay_from=500, log_every=20, sample_every=1000)
     args = parser.parse_args()

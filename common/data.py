@@ -253,7 +253,7 @@ class Reference(NamedTuple):
         if self.kind == "unpaired":
             g = generator(seed, step, job, "reference")
             return self.images[torch.randint(len(self.images), (len(chosen),), generator=g).numpy()[part]]
-        tag = sum(map(ord, job))  # numpy's seeds are numbers
+        tag = int.from_bytes(job.encode(), "little")  # numpy's seeds are numbers
         return degrade(self.kind, data[chosen[part]], [(seed, step, tag, i) for i in range(*part.indices(len(chosen)))])
 
 
@@ -343,8 +343,7 @@ class Stream(NamedTuple):
         """Batches of real images in shuffled passes from this step on, with their labels and, on bridges, x1: gathered
         in a second thread while the step before runs. pairs: each image twice, side by side."""
         def gather(step):
-            chosen = batch_indices(len(self.data.images), self.batch, step, self.seed)
-            chosen = chosen.repeat(2)[:self.batch] if pairs else chosen
+            chosen = batch_indices(len(self.data.images), self.batch // (1 + pairs), step, self.seed).repeat(1 + pairs)
             mine, key = chosen[self.part], (self.seed, step, "teacher")
             x1 = self.reference.rows(self.data.images, chosen, key, self.part) if self.reference else None
             arrays = (None if a is None else torch.from_numpy(np.ascontiguousarray(a))

@@ -228,3 +228,19 @@ def test_draws_are_functions_of_seed_step_key_and_row(data, reference):
     assert not any(map(torch.equal, whole[:4], drawn(slice(0, 8), key="y")))
     x1, z, t, y = whole[:4]
     assert 0.2 <= t.min() and t.max() <= 0.9 and set(y.tolist()) <= {0, 1, 2} and x1.shape == z.shape == (8, 1, 4, 4)
+
+
+def test_pairs_leave_no_image_out():
+    """--antithetic: an epoch of pairs holds every image twice, side by side."""
+    data = Images(np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2), np.arange(12), 12)
+    stream = Stream(0, 8, slice(0, 8), torch.device("cpu"), (1, 4, 4), 12, (0, 1), data)
+    batches = stream.epochs(0, pairs=True)
+    labels = torch.stack([next(batches).y for _ in range(3)])
+    assert torch.equal(labels[:, ::2], labels[:, 1::2])
+    assert sorted(labels[:, ::2].flatten().tolist()) == list(range(12))
+
+
+def test_degradations_of_different_jobs_are_different():
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    one, other = (Reference("noise0.5").rows(images, np.arange(4), (0, 0, job)) for job in ("real-01", "real-10"))
+    assert not np.array_equal(one, other)

@@ -1,19 +1,17 @@
-"""The network, its guidance, and how it is found again in a file."""
+"""The network and its guidance."""
 import pytest
 import torch
 
-from common.files import save_checkpoint
+import model
 from common.run import UserError
 from interpolants import FAMILIES, preconditioning
-from model import SIZES, SiT, guided, load_model, parse_name, sincos_positions
-
-SMALL = dict(size="XXS", patch=2, image_size=8, channels=3, num_classes=5)
+from model import SIZES, SiT, guided, parse_name, sincos_positions
 
 
 def shaken(**options):
     """A small network whose zero-initialised parts are random, so that everything matters."""
     torch.manual_seed(0)
-    net = SiT(**{**SMALL, **options})
+    net = SiT(**{**dict(size="XXS", patch=2, image_size=8, channels=3, num_classes=5), **options})
     for p in net.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.05)
@@ -147,11 +145,16 @@ def test_guidance_by_interval():
     torch.testing.assert_close(none[1:3], net(x, t, None, x1)[1:3], rtol=1e-4, atol=1e-5)
 
 
-def test_load_model_rebuilds_the_network_alone(tmp_path):
-    net = shaken()
-    config = {"network": SMALL, "interpolant": "linear", "prediction": "velocity", "model": "SiT-XXS/2"}
-    save_checkpoint(tmp_path / "a.pt", {"config": config, "ema": net.state_dict()})
-    again, found = load_model(tmp_path / "a.pt")
-    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
-    torch.testing.assert_close(again(x, t), net(x, t), rtol=0, atol=0)
-    assert found == config and not again.training and not any(p.requires_grad for p in again.parameters())
+def test_an_average_holds_the_steps_so_far_and_its_decay_acts_from_the_start():
+    """By its formula, without a trace of the weights it started from; decays differ within a run of a few steps."""
+    nets = [torch.nn.Linear(3, 2) for _ in range(6)]
+    found = []
+    for decay in (0.9, 0.99, 0.9999, 1.0):
+        average = model.frozen_copy(torch.nn.Linear(3, 2))
+        for step, net in enumerate(nets, 1):
+            model.ema_update(average, net, decay, step)
+        weights = torch.tensor([decay ** (len(nets) - i) for i in range(1, len(nets) + 1)])
+        expected = sum(w * net.weight for w, net in zip(weights / weights.sum(), nets))
+        assert torch.allclose(average.weight, expected, atol=1e-5), decay
+        found.append(average.weight.clone())
+    assert not torch.allclose(found[0], found[1], atol=1e-4) and not torch.allclose(found[1], found[2], atol=1e-5)

@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common.data
@@ -13,7 +14,7 @@ import fid
 from common.data import draw_digits
 from conftest import ROOT
 from test_fid import StandIn
-from test_released import released, small_autoencoder, write_safetensors
+from test_released import released, small_autoencoder
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["docs/imagenet.md", "README.md", "docs/evaluation.md"]  # in this order each finds what it needs
@@ -52,20 +53,22 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "SPATIAL", 6)
     pathlib.Path("weights.pth").write_bytes(b"any")
     pixels = rng.integers(0, 256, (1000, 4, 4, 3)).astype(np.uint8)
-    np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=pixels, mu=np.ones(12), sigma=np.eye(12), mu_s=np.ones(6), sigma_s=np.eye(6))
+    np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=pixels, mu=np.ones(12), sigma=np.eye(12), mu_s=np.ones(6),
+             sigma_s=np.eye(6))
     for name in ("imagenet/train", "cifar10/train", "photos"):
         for i in range(12):
             file = pathlib.Path(name, "ab"[i % 2], f"{i}.png")
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(file)
     pathlib.Path("sd-vae-ft-ema").mkdir()
-    write_safetensors("sd-vae-ft-ema/diffusion_pytorch_model.safetensors", small_autoencoder().state_dict())
+    torch.save(small_autoencoder().state_dict(), "sd-vae-ft-ema/diffusion_pytorch_model.bin")
     released("SiT-XL-2-256x256.pt")
     monkeypatch.setattr(common.data, "read_idx_set", lambda name, data_dir: (pixels[..., :1], np.arange(1000) % 10))
     monkeypatch.setattr(common.data, "draw_digits", lambda n=40, size=24, seed=0: draw_digits(40, size, seed))
 
 
-@pytest.mark.parametrize("pages", [PAGES, pytest.param(["docs/results.md"], marks=pytest.mark.slow)], ids=["pages", "results"])
+@pytest.mark.parametrize("pages", [PAGES, pytest.param(["docs/results.md"], marks=pytest.mark.slow)],
+                         ids=["pages", "results"])
 def test_commands_run_at_tiny_size(script, folder, pages):
     """One page after the other in one folder, as a reader would, so that each command finds what those above it have
     written. What is run: every command of these scripts, its flags as written, followed by those of TINY, which win;
@@ -108,7 +111,7 @@ def test_what_a_page_names_exists(page):
 
 
 def test_the_project_speaks_of_itself_alone():
-    files = [p for pattern in ("*.md", "*.py", "*/*.md", "*/*.py") for p in ROOT.glob(pattern) if ".venv" not in p.parts]
+    files = [p for pattern in ("*.md", "*.py", "*/*.md", "*/*.py") for p in ROOT.glob(pattern)]
     for path in files:
         text = path.read_text()
         for word in ("/wo" + "rk/", "/tm" + "p/w", ".lib" + "rary", "sha" + "red/"):
@@ -117,8 +120,8 @@ def test_the_project_speaks_of_itself_alone():
 
 def test_the_house():
     """Arrows point upwards only, lines end at 120 columns, and importing a file does nothing."""
-    order = ["interpolants", "common.run", "common.files", "common.images", "common.data", "model", "common.autoencoder",
-             "sample", "train_teacher", "distill", "fid"]
+    order = ["interpolants", "common.run", "common.files", "common.images", "common.data", "model",
+             "common.autoencoder", "sample", "train_teacher", "distill", "fid"]
     stages = {"train_teacher", "distill", "fid"}
     for place, module in enumerate(order):
         text = (ROOT / (module.replace(".", "/") + ".py")).read_text()
