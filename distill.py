@@ -1,14 +1,14 @@
 """Distill a teacher into a one-step student by the interpolant generalisation gap.
 
-    python distill.py --teacher_ckpt out/teacher.pt --out out python distill.py --teacher_ckpt out/teacher.pt
-    --objective dmd --cfg_scale 2 --iters 2000 --out out/dmd torchrun --nproc_per_node=8 distill.py --model SiT-XL/2
-    --teacher_ckpt teacher.pt --batch 128 --lr 1e-5 --cfg_scale 4.0 --k_psi 5
+    python distill.py --teacher_ckpt out/teacher.pt --out out
+    python distill.py --teacher_ckpt out/teacher.pt --objective dmd --cfg_scale 2 --iters 2000 --out out/dmd
+    torchrun --nproc_per_node=8 distill.py --model SiT-XL/2 --teacher_ckpt teacher.pt --batch 128 --lr 1e-5 --ema 0.9999
 
-The critic learns the velocity of the student's samples; the student descends   E w [ kappa |D|^2 + 2 <D, e> ]   with D
-= v* - v_psi and e = v_psi - I'. Architecture, interpolant, prediction, image size and classes come from the teacher.
+The critic learns the velocity of the student's samples; the student descends   E w [ kappa |D|^2 + 2 <D, e> ]   with
+D = v* - v_psi and e = v_psi - I'. Architecture, interpolant, prediction, image size and classes come from the teacher.
 Writes OUT/student.pt, OUT/student_one_step_XXXXXXX.pth, OUT/resume.pt (the same command again goes on), OUT/log.jsonl
-and OUT/distill_XXXXXXX.png (rows: student, teacher's and critic's data prediction of the student's samples at one
-noise level).
+and OUT/distill_XXXXXXX.png (rows: on bridges what the student starts from; the student's samples; what teacher and
+critic make of them at one noise level).
 """
 from typing import NamedTuple, Optional
 
@@ -42,7 +42,7 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {  # what a row sets, the flags of these names override
     "gap": Objective(1.0, "full", "uniform", "velocity"),  # UID; FGM as written (arXiv:2410.19310)
-    "cross": Objective(1.0, "stop", "uniform", "velocity"),  # Diff-Instruct (arXiv:2305.18455) with weight 2/t
+    "cross": Objective(1.0, "stop", "uniform", "velocity"),  # Diff-Instruct (arXiv:2305.18455); weight 2/t on linear
     "sid": Objective(2 * (1 - 1.2), "full", "l1", "data"),  # SiD, a = 1.2 (arXiv:2404.04057, eq. 23)
     "dmd": Objective(1.0, "stop", "l1", "data"),  # DMD2 without its GAN (arXiv:2405.14867)
 }
@@ -59,12 +59,11 @@ def gap_loss(D, e, kappa=1.0, weight=1.0):
     return (weight * (kappa * D * D + 2 * D * e)).flatten(1).mean(1)
 
 
-def sample_weight(kind, x0, x0_star):
-    """w (B,1,1,1): 1, or 1 / mean|x0 - x0*| per sample (DMD, arXiv:2311.18828, eq. 8; SiD, arXiv:2404.04057, eq.
-    24)."""
-    if kind == "uniform":
-        return torch.ones_like(x0[:, :1, :1, :1])
-    return 1 / (x0 - x0_star).detach().abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-4)
+WEIGHTS = {  # w (B,1,1,1) of the samples x0, the teacher's guess x0_star of them, and the times t
+    "uniform": lambda x0, x0_star, t: torch.ones_like(x0[:, :1, :1, :1]),
+    # 1 / mean|x0 - x0*| (DMD, arXiv:2311.18828, eq. 8; SiD, arXiv:2404.04057, eq. 24)
+    "l1": lambda x0, x0_star, t: 1 / (x0 - x0_star).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-4),
+}
 
 
 def student_loss(problem, objective, teacher, critic, b):
@@ -74,11 +73,11 @@ def student_loss(problem, objective, teacher, critic, b):
     b, velocity = problem.noised(b)
     with torch.set_grad_enabled(objective.grad == "full"):
         star, psi = problem.call(teacher, b), problem.call(critic, b)
-        v_psi = convert(problem, psi, objective.units, b)
-        D = convert(problem, star, objective.units, b) - v_psi
-    e = objective.a * v_psi - objective.b * (velocity if objective.units == "velocity" else b.x0)
+        psi_u = convert(problem, psi, objective.units, b)
+        D = convert(problem, star, objective.units, b) - psi_u
+    e = objective.a * psi_u - objective.b * (velocity if objective.units == "velocity" else b.x0)
     with torch.no_grad():
-        w = sample_weight(objective.weight, b.x0, convert(problem, star, "data", b))
+        w = WEIGHTS[objective.weight](b.x0, convert(problem, star, "data", b), b.t)
     return gap_loss(D, e, objective.a * objective.kappa, w), D.detach().square().flatten(1).mean(1)
 
 
@@ -240,7 +239,7 @@ def parse_flags():
         "flags below")
     add("--kappa", type=number(float, -100, 100), default=None, help="factor of |D|^2 (the objective's)")
     add("--grad", type=one_of(("full", "stop")), default=None, help="full or stop (the objective's)")
-    add("--weight", type=one_of(("uniform", "l1")), default=None, help="uniform, or l1 = 1/mean|x0 - x0*| per sample "
+    add("--weight", type=one_of(WEIGHTS), default=None, help="uniform, or l1 = 1/mean|x0 - x0*| per sample "
         "(the objective's)")
     add("--units", type=one_of(("velocity", "data")), default=None, help="velocity or data (the objective's)")
     add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help="smallest time of the losses (s/alpha = "
@@ -273,8 +272,8 @@ def parse_flags():
     add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]")
     add("--gan_weight", type=number(float, 0), default=0.0, help="weight of an adversarial loss on real data in the "
         "student's loss; 0 = off")
-    add("--gan_critic_weight", type=number(float, 0), default=None, help="its weight in the critic's loss "
-        "(--gan_weight)")
+    add("--gan_critic_weight", type=number(float, 0, open_low=True), default=None, help="its weight in the critic's "
+        "loss (--gan_weight)")
     add("--gan_lr", type=number(float, 0, open_low=True), default=None, help="the discriminator head's learning rate "
         "(the critic's)")
     add("--gan_from", type=number(int, 0), default=0, help="iteration at which the adversarial loss starts")
@@ -449,7 +448,8 @@ def main():
         with precision(device), torch.set_grad_enabled(args.accum == 1):
             x0 = problem.data(G.wrapped, start)  # (B,C,H,W)
 
-        # The critic regresses the velocity of the student's samples, with fresh times and noise in every step.
+        # The critic learns the law of the student's samples, with fresh times and noise in every step; the last of its
+        # steps learns on those that the student's step goes on from.
         for k in range(args.k_psi):
             made = start._replace(x0=x0.detach())
             if k < args.k_psi - 1 and not args.reuse_samples:

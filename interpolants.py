@@ -141,7 +141,7 @@ def check_log_snr(problem, t_min=1e-3, t_max=1 - 1e-3):
     """Raise ValueError unless log SNR = 2 log(alpha / s) falls in t and alpha' c >= 0 on [t_min, t_max].
 
     The stop-gradient objectives are descent directions only then: their gradient is
-    E[alpha' beta^2 lambda' (s_psi - s*) dG], lambda the log SNR.
+    E[alpha' s^2 lambda' (s_psi - s*) dG], lambda the log SNR.
     """
     t = torch.linspace(t_min, t_max, 1001, dtype=torch.float64)
     k = known(problem, t)

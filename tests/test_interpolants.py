@@ -186,7 +186,7 @@ def test_orders_of_the_solvers(solver, order):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
 
 
-@pytest.mark.parametrize("row, diffusion", [*(("linear", diffusion) for diffusion in sorted(DIFFUSIONS)), ("vp", "sbdm"),
+@pytest.mark.parametrize("row, diffusion", [*(("linear", name) for name in sorted(DIFFUSIONS)), ("vp", "sbdm"),
                                             ("gvp", "sigma"), ("bridge", "constant")])
 def test_sde_has_the_same_marginals(row, diffusion):
     problem = Problem(FAMILIES[row], "data")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.run import UserError
-from distill import OBJECTIVES, Objective, check_objective, critic_loss, gap_loss, sample_weight, student_loss
+from distill import OBJECTIVES, WEIGHTS, Objective, check_objective, critic_loss, gap_loss, student_loss
 from interpolants import (FAMILIES, PREDICTIONS, Batch, Interpolant, Problem, convert, family, known, prediction_scale,
                           regression_loss)
 from test_interpolants import gaussian
@@ -230,12 +230,12 @@ def test_every_objective_moves_the_student_towards_the_data(row, objective):
 
 
 def test_weights_are_per_sample_and_carry_no_gradient():
-    x0 = torch.randn(3, 2, 4, 4, requires_grad=True)
-    star = torch.zeros_like(x0)
-    assert bool((sample_weight("uniform", x0, star) == 1).all())
-    w = sample_weight("l1", x0, star)
-    assert w.shape == (3, 1, 1, 1) and not w.requires_grad
-    torch.testing.assert_close(w.flatten(), 1 / x0.detach().abs().mean((1, 2, 3)))
+    x0, t = torch.randn(3, 2, 4, 4), torch.rand(3)
+    for name, weight in WEIGHTS.items():
+        w = weight(x0, torch.zeros_like(x0), t)
+        assert w.shape == (3, 1, 1, 1) and (name != "uniform" or bool((w == 1).all()))
+    w = WEIGHTS["l1"](x0, torch.zeros_like(x0), t)
+    torch.testing.assert_close(w.flatten(), 1 / x0.abs().mean((1, 2, 3)))
     D, e = torch.randn(2, 3, 2, 4, 4)
     torch.testing.assert_close(gap_loss(D, e, 0.5, w), w.flatten() * (0.5 * D ** 2 + 2 * D * e).mean((1, 2, 3)))
     for grad in ("full", "stop"):  # and the student's loss takes them

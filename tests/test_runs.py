@@ -27,7 +27,7 @@ import sample
 import train_teacher
 from common.autoencoder import Autoencoder
 from common.files import load_checkpoint, save_checkpoint
-from common.run import Run, StopSignal, Trained, UserError, command, put_in_training
+from common.run import Run, StopSignal, Trained, UserError, command, learning_rate, put_in_training
 from conftest import ROOT, SMALL
 from interpolants import FAMILIES
 from model import SiT, build_model, load_model
@@ -398,13 +398,21 @@ def test_a_checkpoint_stays_on_the_disk_until_it_is_used_and_is_let_go_of(runs, 
 
 
 @unix
-def test_a_second_run_in_the_same_folder_refuses(refused, flags, tmp_path):
-    """While the first lives; a run that was killed leaves nothing in the way."""
-    flags = (*flags["train_teacher"], "--iters", 100000, "--save_every", 5, "--out", tmp_path / "run")
-    first = Life(tmp_path, "train_teacher", *flags).until("teacher 20/")
-    refused("train_teacher", *flags, says=(f"--out {tmp_path / 'run'}", f"process {first.processes[0].pid} "))
+def test_a_second_run_in_the_same_folder_refuses(flags, tmp_path):
+    """In all of its processes, while the first lives; a run that was killed leaves nothing in the way."""
+    flags = (*flags["train_teacher"], "--save_every", 5, "--out", tmp_path / "run", "--iters")
+    first = Life(tmp_path, "train_teacher", *flags, 100000).until("teacher 20/")
+    for world in (1, 2):
+        said = Life(tmp_path, "train_teacher", *flags, 1, world=world).end(*[2] * world)
+        assert f"--out {tmp_path / 'run'}: another run" in said and f"process {first.processes[0].pid} " in said
     first.kill(signal.SIGKILL).end(-9)
-    Life(tmp_path, "train_teacher", *flags).until("going on from iteration").kill(signal.SIGKILL).end(-9)
+    Life(tmp_path, "train_teacher", *flags, 100000).until("going on from").kill(signal.SIGKILL).end(-9)
+
+
+def test_learning_rates():
+    """Linear warm-up, then constant, then falling as the root."""
+    assert [learning_rate(step, 8.0, 4, 10) for step in (0, 1, 3, 10, 40)] == [2.0, 4.0, 8.0, 8.0, 4.0]
+    assert [learning_rate(step, 8.0, 0, 0) for step in (0, 10 ** 6)] == [8.0, 8.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,13 +466,16 @@ def test_sharded_moments_walk_the_same_path_and_load_anywhere(flags, tmp_path, j
     np.testing.assert_allclose(losses(whole, job), losses(mixed, job), rtol=1e-3, atol=1e-6)
 
 
-def test_buffers_do_not_travel(monkeypatch):
-    """They are tables, the same everywhere: a broadcast in each pass would cost time for nothing."""
+def test_buffers_do_not_travel_and_moments_are_dealt(monkeypatch):
+    """Buffers are tables, the same everywhere: a broadcast in each pass would cost time for nothing."""
     monkeypatch.setattr(common.run.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(common.run.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(common.run, "DistributedDataParallel", lambda net, **options: options)
-    net, args = torch.nn.Linear(2, 1), type("args", (), {"shard": False})
-    assert put_in_training(net, torch.optim.Adam, 0.1, args).wrapped == {"broadcast_buffers": False}
+    monkeypatch.setattr(torch.distributed.optim, "ZeroRedundancyOptimizer", lambda *_, **options: "dealt")
+    plain, dealt = (put_in_training(torch.nn.Linear(2, 1), torch.optim.Adam, 0.1, type("args", (), {"shard": shard}))
+                    for shard in (False, True))
+    assert plain.wrapped == dealt.wrapped == {"broadcast_buffers": False}
+    assert isinstance(plain.optimizer, torch.optim.Adam) and dealt.optimizer == "dealt"
 
 
 @unix
