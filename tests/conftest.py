@@ -1,5 +1,6 @@
 """Shared by the tests: the project on the path, and its scripts called in this process as the shell would call them."""
 import importlib
+import os
 import pathlib
 import signal
 import sys
@@ -10,6 +11,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what the tests start, too: their networks are too small for more
+torch.set_num_threads(1)
 
 
 def pytest_configure(config):

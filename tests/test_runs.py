@@ -471,7 +471,7 @@ def test_buffers_do_not_travel_and_moments_are_dealt(monkeypatch):
     monkeypatch.setattr(common.run.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(common.run.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(common.run, "DistributedDataParallel", lambda net, **options: options)
-    monkeypatch.setattr(torch.distributed.optim, "ZeroRedundancyOptimizer", lambda *_, **options: "dealt")
+    monkeypatch.setattr("torch.distributed.optim.ZeroRedundancyOptimizer", lambda *_, **options: "dealt")
     plain, dealt = (put_in_training(torch.nn.Linear(2, 1), torch.optim.Adam, 0.1, type("args", (), {"shard": shard}))
                     for shard in (False, True))
     assert plain.wrapped == dealt.wrapped == {"broadcast_buffers": False}
