@@ -250,7 +250,8 @@ def test_labels_are_dropped_as_often_as_told(script, mixture, tmp_path, monkeypa
     ("--gan_critic_weight", 0.5)], ids=lambda flags: flags[0])
 def test_a_flag_of_the_objective_changes_what_is_learnt(script, mixture, tmp_path, flags):
     net = "critic" if flags[0] == "--gan_critic_weight" else "student"
-    data = ("--data", mixture / "data.npz", "--gan_weight", 0.1) if "gan" in flags[0] or "real" in flags[0] else ()
+    real = ("--data", mixture / "data.npz", "--gan_weight", 0.1, "--gan_critic_weight", 0.1)
+    data = real if "gan" in flags[0] or "real" in flags[0] else ()
     weights = []
     for name, more in (("without", ()), ("with", flags)):
         distilled(script, mixture, tmp_path / name, *data, *more, iters=2)
