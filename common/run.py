@@ -299,7 +299,9 @@ class Trained(NamedTuple):
             weights = [p for group in self.optimizer.param_groups for p in group["params"]]
             if any(v.shape not in ((), weights[i].shape) for i, row in state["state"].items() for v in row.values()):
                 raise ValueError("a moment of another shape")
-            self.optimizer.load_state_dict(state)
+            moments = {i: {k: v.to(weights[i].device if v.ndim else v.device, copy=True) for k, v in row.items()}
+                       for i, row in state["state"].items()}  # copied: a mapped file is let go of
+            self.optimizer.load_state_dict({**state, "state": moments})
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(f"{path}: its optimizer does not fit its weights ({type(error).__name__}: {error}); start "
                             "over with --fresh") from None
