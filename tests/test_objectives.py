@@ -3,8 +3,6 @@
 Data N(M, S^2), student x0 = a + b xi. Every posterior is Gaussian, so v*, the exact critic and the divergence are
 known, and Gauss-Hermite quadrature takes expectations over (xi, x1, z) exactly: all integrands are polynomials.
 """
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -20,10 +18,9 @@ ROWS = sorted(FAMILIES)
 NOISE_ROWS = [row for row in ROWS if row != "bridge"]
 TIMES = (0.1, 0.35, 0.6, 0.9)
 
-_nodes, _weights = np.polynomial.hermite_e.hermegauss(6)
-_points = list(itertools.product(range(6), repeat=3))
-XI, X1, Z = (torch.tensor([[[[_nodes[p[d]]]]] for p in _points], dtype=torch.float64) for d in range(3))  # (216,1,1,1)
-W = torch.tensor([np.prod(_weights[list(p)]) for p in _points], dtype=torch.float64)
+NODES, WEIGHTS_1D = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(6))
+XI, X1, Z = torch.cartesian_prod(NODES, NODES, NODES).T.reshape(3, -1, 1, 1, 1)  # (216,1,1,1) each
+W = torch.cartesian_prod(WEIGHTS_1D, WEIGHTS_1D, WEIGHTS_1D).prod(1)
 W = W / W.sum()
 
 
