@@ -1,7 +1,7 @@
 """A Gaussian mixture in the plane: teacher and critic in closed form, and every objective on every path recovers it.
 
 The student is a mixture as well, x0 = mean_k + std_k eps with learnt means and stds, so that its critic's optimum is
-exact: the posterior mean of its own law. One test learns the critic instead."""
+exact: the posterior mean of its own law. A slow test learns the critic instead."""
 import pytest
 import torch
 
@@ -50,31 +50,37 @@ def setting(row, lowest):
     return problem, draw
 
 
-def recovers(student, tolerance):
-    """Each mode of the truth has a mode of the student near it, of its width."""
-    distance, nearest = torch.cdist(MEANS, student.means.detach()).min(1)
-    widths = (student.log_stds.detach().exp()[nearest] - STDS).abs()
-    assert sorted(nearest.tolist()) == [0, 1, 2, 3]
-    assert max(distance.max(), widths.max()) < tolerance, (distance, widths)
-
-
 def descend(optimizer, loss):
     optimizer.zero_grad()
     loss.mean().backward()
     optimizer.step()
 
 
+def recover(problem, objective, draw, make_critic, steps, tolerance, critic_steps=0):
+    """Each mode of the truth has, after so many steps, a mode of the student near it, of its width."""
+    student, teacher = Student(), exact(problem, MEANS, STDS)
+    own = torch.optim.Adam(student.parameters(), betas=(0.0, 0.99))
+    critic = make_critic(student, teacher)
+    other = torch.optim.Adam(critic.parameters(), 0.01, betas=(0.0, 0.99)) if critic_steps else None
+    for step in range(steps):
+        own.param_groups[0]["lr"] = 7.5 / steps * (1 - step / steps)
+        for _ in range(critic_steps):
+            made = draw(student)
+            descend(other, regression_loss(problem, critic, made._replace(x0=made.x0.detach())))
+        descend(own, student_loss(problem, OBJECTIVES[objective], teacher, critic, draw(student))[0])
+    distance, nearest = torch.cdist(MEANS, student.means.detach()).min(1)
+    widths = (student.log_stds.detach().exp()[nearest] - STDS).abs()
+    assert sorted(nearest.tolist()) == [0, 1, 2, 3]
+    assert max(distance.max(), widths.max()) < tolerance, (distance, widths)
+
+
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 @pytest.mark.parametrize("row", ["linear", "vp", "gvp", "bridge"])
 def test_every_objective_recovers_the_mixture(row, objective):
+    def best(student, _):  # of the student as it is at each call
+        return lambda *args: exact(problem, student.means.detach(), student.log_stds.detach().exp())(*args)
     problem, draw = setting(row, 0.1)
-    student, teacher, steps = Student(), exact(problem, MEANS, STDS), 250
-    optimizer = torch.optim.Adam(student.parameters(), 0.03, betas=(0.0, 0.99))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
-        critic = exact(problem, student.means.detach().clone(), student.log_stds.detach().exp())
-        descend(optimizer, student_loss(problem, OBJECTIVES[objective], teacher, critic, draw(student))[0])
-    recovers(student, 0.08)
+    recover(problem, objective, draw, best, 250 if (row, objective) == ("bridge", "gap") else 150, 0.08)
 
 
 class Critic(torch.nn.Module):
@@ -94,20 +100,10 @@ class Critic(torch.nn.Module):
         return self.teacher(x_t, t, y, x1) + correction[..., None, None]
 
 
-@pytest.mark.parametrize("row, objective", [
-    ("linear", "gap"), ("linear", "cross"), ("linear", "sid"), ("linear", "dmd"), ("bridge", "gap"), ("bridge", "cross")
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("row, objective", [("linear", "gap"), ("linear", "sid"), ("bridge", "cross")])
 def test_with_a_learnt_critic(row, objective):
-    problem, draw = setting(row, 0.2)
     torch.manual_seed(0)
-    student, teacher, steps = Student(), exact(problem, MEANS, STDS), 300
-    critic = Critic(teacher)
-    own, other = (torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.99))
-                  for net, lr in ((student, 0.03), (critic, 0.01)))
-    for step in range(steps):
-        own.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
-        for _ in range(2):
-            made = draw(student)
-            descend(other, regression_loss(problem, critic, made._replace(x0=made.x0.detach())))
-        descend(own, student_loss(problem, OBJECTIVES[objective], teacher, critic, draw(student))[0])
-    recovers(student, 0.25)  # so small a network blurs the sharp modes
+    problem, draw = setting(row, 0.2)
+    recover(problem, objective, draw, lambda _, teacher: Critic(teacher), 250, 0.25, critic_steps=2)  # so small a
+    # network blurs the sharp modes
