@@ -140,24 +140,22 @@ class Inception(nn.Module):
 
 def load_inception(path, device="cpu"):
     """The ported weights, batch norms (eps 0.001) folded into the convolutions -> Inception, frozen, in eval()."""
-    net, state, folded = Inception(), load_checkpoint(path), {}
+    net, state = Inception(), load_checkpoint(path)
     with reading(f"--weights {path}: not the Inception of FID"):
         for name, parameter in net.named_parameters():
-            if name.startswith("fc."):
-                folded[name] = state.pop(name)
-            elif name.endswith("conv.weight"):
-                weight, bn = state.pop(name), name.replace("conv.weight", "bn.")
+            if name.endswith("conv.weight"):
+                weight, bn = state[name], name.replace("conv.weight", "bn.")
                 norm = [state.pop(bn + key) for key in ("weight", "bias", "running_mean", "running_var")]
                 state.pop(bn + "num_batches_tracked", None)
                 if weight.shape != parameter.shape or any(v.shape != weight.shape[:1] for v in norm):
                     raise ValueError(f"{name} has shape {tuple(weight.shape)}")  # products of odd ones fill the memory
                 gain, bias, mean, variance = (v.double() for v in norm)
                 scale = gain / (variance + 1e-3).sqrt()
-                folded[name] = weight.double() * scale[:, None, None, None]
-                folded[name.replace("weight", "bias")] = bias - mean * scale
-        if state:
-            raise ValueError(f"unexpected {next(iter(state))}")
-        net.load_state_dict(folded)
+                state[name] = weight.double() * scale[:, None, None, None]
+                state[name.replace("weight", "bias")] = bias - mean * scale
+        for name in state.keys() - net.state_dict().keys():
+            raise ValueError(f"unexpected {name}")
+        net.load_state_dict(state)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -251,10 +249,10 @@ def open_npz(label, path):
     if not name and not statistics:
         raise UserError(f"{label}: neither images (arr_0, images or x_train) nor statistics (mu and sigma, mu_s and "
                         f"sigma_s) inside, found {', '.join(held) or 'nothing'}")
-    for pair, width in zip(STORED.values(), (POOL, SPATIAL)):
-        found = {key: statistics[key].shape for key in pair if key in statistics}
-        if found and (found != dict(zip(pair, ((width,), (width, width))))
-                      or not all(np.isfinite(statistics[key]).all() for key in found)):
+    for (mu, sigma), width in zip(STORED.values(), (POOL, SPATIAL)):
+        found = {key: statistics[key].shape for key in (mu, sigma) if key in statistics}
+        finite = all(np.isfinite(statistics[key]).all() for key in found)
+        if found and not (finite and found == {mu: (width,), sigma: (width, width)}):
             raise UserError(f"{label}: statistics of shapes {found}, where finite ones of {width} features are "
                             "expected: damaged, or of another network or layer")
     kind = " and ".join(["images"] * bool(name) + ["statistics"] * bool(statistics))
@@ -280,7 +278,7 @@ def open_checkpoint(role, path, args, device):
     if decode is None and net.channels not in (1, 3):
         raise UserError(f"{role} {path}: makes {net.channels} channels, images have 1 or 3")
     seed, student = args.seed + (role == "REFERENCE"), config.get("student")
-    labels, path = choose_labels(args.labels, args.n, net.num_classes, seed), str(path)
+    labels = choose_labels(args.labels, args.n, net.num_classes, seed)
     guidance = {"cfg_interval": [0.0, 1.0], **(student or sampler._asdict())}
     record = {"kind": "checkpoint", "path": path, "sha256": file_sha256(path), "interpolant": config["interpolant"],
               "sampler": "student" if student else sampler.solver, "steps": sampler.steps,
@@ -306,7 +304,7 @@ def open_source(role, name, args, device, size=None):
         raise UserError(f"{label}: no such file, folder or data set (data sets: {', '.join(DATA_SETS)})")
     if path.suffix.lower() in SUFFIXES:
         raise UserError(f"{label}: is one image; give a folder of them")
-    return open_npz(label, path) if path.suffix.lower() == ".npz" else open_checkpoint(role, path, args, device)
+    return open_npz(label, path) if path.suffix.lower() == ".npz" else open_checkpoint(role, str(path), args, device)
 
 
 def open_sides(args, device, rank):
@@ -357,8 +355,8 @@ def measure(source, needs, ruler, batch, rank=0, world=1):
     pixels (sha256 over the images). needs: a subset of {"fid", "sfid", "features", "logits"}. Batches are dealt to the
     processes in turn; all but moments is there in the first process only."""
     widths = {"fid": POOL, "sfid": SPATIAL}
-    moments = {name: Moments(width, ruler.device) for name, width in widths.items() if name in needs}
-    whole, kept = sorted(needs - moments.keys()), {}
+    moments = {name: Moments(widths[name], ruler.device) for name in STORED if name in needs}
+    whole, kept = sorted(needs - moments.keys()), []
     tell = progress(say if rank == 0 else lambda text: None, f"{source.name}: images")
     for start in range(rank * batch, source.n, world * batch):
         try:
@@ -375,17 +373,15 @@ def measure(source, needs, ruler, batch, rank=0, world=1):
         out["fid"] = out["features"]
         for name in moments:
             moments[name].add(out[name])
-        kept[start] = [b"".join(hashes), *(out[name] for name in whole)]
+        kept.append((start, b"".join(hashes), *(out[name] for name in whole)))
         tell(min(start + world * batch, source.n), source.n)
     found = {key: value for name in moments for key, value in zip(STORED[name], moments[name].statistics())}
-    kept = {start: [hashes, *(value.cpu().numpy() for value in values)] for start, (hashes, *values) in kept.items()}
-    parts = [kept]
+    kept = [(start, hashes, *(value.cpu().numpy() for value in values)) for start, hashes, *values in kept]
+    parts = [kept] * world
     if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(kept, parts)
+        dist.gather_object(kept, parts if rank == 0 else None)
     if rank == 0:
-        kept = {start: values for part in parts for start, values in part.items()}
-        hashes, *arrays = zip(*(kept[start] for start in sorted(kept)))
+        _, hashes, *arrays = zip(*sorted(sum(parts, []), key=lambda row: row[0]))
         found.update(zip(whole, map(np.concatenate, arrays)), pixels=hashlib.sha256(b"".join(hashes)).hexdigest())
     return found
 
@@ -535,9 +531,8 @@ def conclude(args, sides, results, ruler, world):
                               "pixels_sha256": results[role].get("pixels")} for role, side in sides.items()}
     if args.save_stats:
         role = [*sides][-1]
-        made = {**about, "source": sources[role.lower()]}
-        if "pixels" not in results[role]:  # stored ones stay what they were
-            made = sides[role].record.get("made", {"source": made["source"]})
+        made = {"source": sources[role.lower()]}  # stored ones stay what they were
+        made = {**about, **made} if "pixels" in results[role] else sides[role].record.get("made", made)
         kept = {key: results[role][key] for key in sum(STORED.values(), ()) if key in results[role]}
         kept.update(n=np.array(sides[role].count("fid") or 0), record=np.array(json.dumps(made)))
         save_file(args.save_stats, lambda f: np.savez(f, **kept))

@@ -37,13 +37,13 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x):
         B, C, H, W = x.shape
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B,HW,C)
         h = F.scaled_dot_product_attention(*(layer(h)[:, None] for layer in (self.to_q, self.to_k, self.to_v)))[:, 0]
-        return x + self.to_out[0](h).transpose(1, 2).view(B, C, H, W)
+        return x + self.to_out(h).transpose(1, 2).view(B, C, H, W)
 
 
 class Middle(nn.Module):
@@ -61,55 +61,49 @@ class Level(nn.Module):
 
     def __init__(self, inputs, width, layers, groups, scale=None):
         super().__init__()
-        self.resnets = nn.ModuleList([Resnet(inputs if i == 0 else width, width, groups) for i in range(layers)])
         self.scale = scale
+        self.resnets = nn.Sequential(*(Resnet(width if i else inputs, width, groups) for i in range(layers)))
         if scale:
             conv = nn.Conv2d(width, width, 3, 2 if scale == "down" else 1, padding=0 if scale == "down" else 1)
             setattr(self, f"{scale}samplers", nn.ModuleList([nn.ModuleDict({"conv": conv})]))
 
     def forward(self, x):
-        for resnet in self.resnets:
-            x = resnet(x)
+        x = self.resnets(x)
         if self.scale == "down":
             return self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only
         return self.upsamplers[0]["conv"](F.interpolate(x, scale_factor=2.0)) if self.scale == "up" else x
 
 
+def stack_levels(widths, layers, groups, scale):
+    """A level for each width, of which all but the last scale."""
+    inputs, scales = [widths[0], *widths], [scale] * (len(widths) - 1) + [None]
+    return nn.Sequential(*(Level(*sizes, layers, groups, scaling) for *sizes, scaling in zip(inputs, widths, scales)))
+
+
 class Encoder(nn.Module):
     def __init__(self, channels, latents, widths, layers, groups):
         super().__init__()
-        inputs, last = [widths[0], *widths], len(widths) - 1
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList([Level(inputs[i], w, layers, groups, "down" if i < last else None)
-                                          for i, w in enumerate(widths)])
+        self.down_blocks = stack_levels(widths, layers, groups, "down")
         self.mid_block = Middle(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latents, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(self.down_blocks(self.conv_in(x))))))
 
 
 class Decoder(nn.Module):
     def __init__(self, channels, latents, widths, layers, groups):
         super().__init__()
-        widths = widths[::-1]
-        inputs, last = [widths[0], *widths], len(widths) - 1
-        self.conv_in = nn.Conv2d(latents, widths[0], 3, padding=1)
-        self.mid_block = Middle(widths[0], groups)
-        self.up_blocks = nn.ModuleList([Level(inputs[i], w, layers + 1, groups, "up" if i < last else None)
-                                        for i, w in enumerate(widths)])
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(latents, widths[-1], 3, padding=1)
+        self.mid_block = Middle(widths[-1], groups)
+        self.up_blocks = stack_levels(widths[::-1], layers + 1, groups, "up")
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(self.up_blocks(self.mid_block(self.conv_in(z))))))
 
 
 class Autoencoder(nn.Module):
@@ -153,7 +147,7 @@ def load_autoencoder(path, device="cpu"):
                     name = name.replace(f".{old}.", f".{new}.")
                 if name.endswith("weight") and value.ndim == 4:
                     value = value[:, :, 0, 0]  # a 1x1 convolution
-            renamed[name] = value.float() if value.is_floating_point() else value
+            renamed[name] = value
         levels, layers = (1 + max(int(n.split(".")[i]) for n in renamed if n.startswith(prefix)) for prefix, i in (
             ("encoder.down_blocks.", 2), ("encoder.down_blocks.0.resnets.", 4)))
         if max(levels, layers) > 16:
@@ -180,8 +174,8 @@ def check_autoencoder(name, autoencoder, sha256, latent, channels):
 
 
 def decoder(name, config, device, needed=True):
-    """--vae of a checkpoint -> what turns its output into pixels, None where it makes pixels itself (or, unless
-    needed, none is named)."""
+    """--vae of a checkpoint -> what turns its output into pixels, None where it makes pixels itself or, unless needed,
+    none is named."""
     if config.get("latent") and name is None and needed:
         raise UserError("--vae is missing: this checkpoint makes latents; give the autoencoder that decodes them "
                         "(diffusion_pytorch_model.safetensors)")
@@ -230,8 +224,7 @@ def cache_latents(args, autoencoder, sha256, run):
     def begin():  # once, by the first process
         check_writable("--cache_latents", directory)
         if (directory / "record.json").exists():
-            made = read_record(directory / "record.json")
-            if not made:
+            if not (made := read_record(directory / "record.json")):
                 raise UserError(f"{flag}: its record.json is damaged, or of an older version; delete the folder and "
                                 "start again")
             changed = next((key for key in record if key != "source" and made.get(key) != record[key]), None)
@@ -256,9 +249,8 @@ def cache_latents(args, autoencoder, sha256, run):
         for turn, k in enumerate(todo, 1):
             rows = range(k * CHUNK, min((k + 1) * CHUNK, n))
             x = to_device(np.stack(list(workers.map(read, rows))), run.device)  # (b,3,H,W)
-            for m, view in enumerate((x, x.flip(3))):
-                for j, value in enumerate(autoencoder.encode(view)):
-                    latents[rows.start:rows.stop, m, j] = value.cpu().numpy().astype(np.float16)
+            codes = [torch.stack(autoencoder.encode(view), 1) for view in (x, x.flip(3))]  # (b,2,c,h,w) each
+            latents[rows.start:rows.stop] = torch.stack(codes, 1).cpu().numpy().astype(np.float16)
             latents.flush()
             done[k] = 1
             tell(turn, len(todo))

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import checksum, download, gunzip, read_record, reading, write_record
-from common.images import (DEGRADATIONS, REFERENCE_NAMES, check_degradation, degrade, image_files, read_image, read_npz,
-                           resize_images, to_device)
+from common.images import (DEGRADATIONS, check_degradation, degrade, image_files, read_image, read_npz, resize_images,
+                           to_device)
 from common.run import UserError, check_writable, draw_noise, generator, progress
 from interpolants import Batch
 
@@ -137,12 +137,11 @@ def list_folder(folder):
     """-> files in order, labels (N,) int64 or None, names of the classes: the subfolders, or none for a flat folder."""
     folder = pathlib.Path(folder)
     files = image_files(f"--data {folder}", folder)
-    classes = sorted({f.relative_to(folder).parts[0] for f in files if f.parent != folder})
-    if classes and any(f.parent == folder for f in files):
+    names = [f.relative_to(folder).parts[0] for f in files if f.parent != folder]
+    if 0 < len(names) < len(files):
         raise UserError(f"--data {folder}: holds images beside class subfolders; use either")
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[f.relative_to(folder).parts[0]] for f in files], np.int64) if classes else None
-    return files, labels, classes
+    classes, labels = np.unique(names, return_inverse=True)
+    return files, labels.astype(np.int64) if names else None, classes.tolist()
 
 
 def read_folder(folder, size, data_dir, skip_broken=False, say=print):
@@ -185,22 +184,18 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
 
 
 def read_latents(directory):
-    """A folder written by autoencoder.cache_latents -> Images. The latents themselves, which may be large, are checked
-    for their shape alone."""
+    """A folder of autoencoder.cache_latents -> Images; the latents, which may be large, are checked for shape alone."""
     record = read_record(pathlib.Path(directory, "record.json"))
     if not record.get("complete"):
         raise UserError(f"--data {directory}: its latents are incomplete, or their record is damaged; run the command "
                         "with --cache_latents again")
     with reading(f"--data {directory}: its latents", "; delete the folder and make it again"):
-        latents = np.load(pathlib.Path(directory, "latents.npy"), mmap_mode="r")
-        labels = np.array(np.load(pathlib.Path(directory, "labels.npy"), mmap_mode="r"))
-        if (list(latents.shape) != record["shape"] or latents.ndim != 6 or latents.dtype != np.float16
-                or labels.shape != latents.shape[:1]):
+        latents, labels = (np.load(pathlib.Path(directory, f"{n}.npy"), mmap_mode="r") for n in ("latents", "labels"))
+        if list(latents.shape) != record["shape"] or latents.dtype != np.float16 or labels.shape != latents.shape[:1]:
             raise ValueError(f"latents of shape {latents.shape}, labels of {labels.shape}")
-        if (labels.dtype != np.int64 or hashlib.sha256(labels.tobytes()).hexdigest() != record["labels"]
-                or labels.min() < 0 or labels.max() >= max(1, record["num_classes"])):
+        if labels.dtype != np.int64 or hashlib.sha256(labels.tobytes()).hexdigest() != record["labels"]:
             raise ValueError("other labels")
-        return Images(latents, labels, record["num_classes"], record)
+        return Images(latents, np.array(labels), record["num_classes"], record)
 
 
 def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=False, say=print):
@@ -212,7 +207,7 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
         images, labels = read_idx_set(data, data_dir)
     elif data == "cifar10":
         images, labels = read_cifar10(data_dir)
-    elif path.is_dir() and (path / "record.json").is_file() and (path / "latents.npy").is_file():
+    elif (path / "record.json").is_file() and (path / "latents.npy").is_file():
         found = read_latents(path)
         if image_size not in (None, found.latent["image_size"]):
             raise UserError(f"--image_size {image_size}: the latents of {data} are of images of "
@@ -260,17 +255,16 @@ class Reference(NamedTuple):
 def load_reference(name, images, data_dir, say=print):
     """--reference: a degradation, an .npz with x1 (paired with the data), or another data set -> Reference for images
     (N,H,W,C)."""
-    side, channels = images.shape[1], images.shape[3]
     if name in DEGRADATIONS:
-        check_degradation("--reference", name, side, channels)
+        check_degradation("--reference", name, images.shape[1], images.shape[3])
         return Reference(name)
     if pathlib.Path(name).is_file():
-        x1, _ = read_npz(name, "--reference", REFERENCE_NAMES)
+        x1, _ = read_npz(name, "--reference")
         with np.load(name) as npz:
             kind = "paired" if "x1" in npz else "unpaired"
     elif pathlib.Path(name).exists() or name in DATA_SETS:
         try:
-            kind, x1 = "unpaired", load_images(name, data_dir, side, say=say).images
+            kind, x1 = "unpaired", load_images(name, data_dir, images.shape[1], say=say).images
         except UserError as error:
             raise UserError(str(error).replace("--data", "--reference", 1)) from None
     else:
@@ -281,6 +275,28 @@ def load_reference(name, images, data_dir, say=print):
     if kind == "paired" and len(x1) != len(images):
         raise UserError(f"--reference {name}: {len(x1)} paired images for {len(images)} of the data")
     return Reference(kind, x1)
+
+
+def open_data_of(args, run, config):
+    """--data and --reference of a run that goes on from a teacher of this configuration -> Images, Reference; None
+    where there is no need. Raises UserError where they are not of its kind."""
+    if not args.data:
+        return None, None
+    kind, net = config.get("reference"), config["network"]
+    side, channels, classes = net["image_size"], net["channels"], net["num_classes"]
+    data = run.in_turn(lambda: load_images(args.data, args.data_dir, None if config.get("latent") else side, args.seed,
+                                           say=run.say))
+    if (data.channels, data.side) != (channels, side) or classes and data.num_classes not in (0, classes):
+        raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, "
+                        f"the teacher has {side}x{side}x{channels} and {classes}")
+    if data.latent and config.get("latent", {}).get("autoencoder") not in (None, data.latent["autoencoder"]):
+        raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
+    if not kind:
+        return data, None
+    reference = run.in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
+    if reference.kind != kind:
+        raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
+    return data, reference
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -10,11 +11,11 @@ import pathlib
 import pickle
 import re
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
 
+import numpy as np
 import requests
 import torch
 import urllib3
@@ -49,14 +50,9 @@ def checksum(content):
         if torch.is_tensor(value):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                digest.update(repr(key).encode())
-                add(inner)
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"{len(value)}".encode())
-            for inner in value:
-                add(inner)
+        elif isinstance(value, (dict, list, tuple)):
+            for part in itertools.chain(*value.items()) if isinstance(value, dict) else (len(value), *value):
+                add(part)
         else:
             digest.update(repr(value).encode())
     add(content)
@@ -75,43 +71,45 @@ def file_sha256(path):
 # Writing
 
 def save_file(path, write):
-    """write(file) beside the target, flushed to the disk, then renamed: the last good file is whole until the new one
-    is. A device, such as /dev/stdout, is written to directly."""
+    """write(file) beside the target, flushed, then renamed: the last good file is whole until the new one is. A device,
+    such as /dev/stdout, is written to directly."""
     path = pathlib.Path(path)
     with writing(path):
         if path.exists() and not path.is_file():
             with open(path, "wb") as f:
                 return write(f)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(handle, "wb") as f:
+            with open(temporary, "wb") as f:
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for the owner alone
             os.replace(temporary, path)
-        except BaseException:
-            pathlib.Path(temporary).unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def not_finite(content, name=""):
-    """The name of the first tensor in a nested dict or list that holds a NaN or an infinity, None without one."""
-    if torch.is_tensor(content):
-        return None if not content.is_floating_point() or bool(content.isfinite().all()) else name
+def walk(content, name="", depth=0):
+    """(name, value) of everything in a nested dict or list. ValueError where it goes on without end."""
+    if depth > 50:
+        raise ValueError("more than 50 levels")
+    yield name, content
+    content = vars(content) if isinstance(content, argparse.Namespace) else content
     listed = enumerate(content) if isinstance(content, (list, tuple)) else ()
-    items = content.items() if isinstance(content, dict) else listed
-    return next(filter(None, (not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in items)), None)
+    for key, value in content.items() if isinstance(content, dict) else listed:
+        yield from walk(value, f"{name}.{key}".lstrip("."), depth + 1)
+
+
+def not_finite(content):
+    """The name of the first tensor in a nested dict or list that holds a NaN or an infinity, None without one."""
+    return next((name for name, value in walk(content) if torch.is_tensor(value) and not value.isfinite().all()), None)
 
 
 def save_checkpoint(path, content):
     """A nested dict of tensors, numbers, strings and lists, with its checksum. Raises UserError, with nothing written,
     if a number is not finite."""
-    sick = not_finite(content)
-    if sick:
+    if sick := not_finite(content):
         raise UserError(f"iteration {content.get('step')}: {sick} is not finite; {path} is untouched: run the same "
                         "command again, with a lower --lr if this comes back")
 
@@ -126,45 +124,31 @@ def save_checkpoint(path, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-def check_tensors(content, depth=0):
-    """ValueError where a tensor claims more than was read for it, is of no plain kind, or a structure goes on without
-    end: a small file could ask for any amount of memory or time. -> how many values there are."""
-    if depth > 50:
-        raise ValueError("more than 50 levels")
-    if torch.is_tensor(content):
-        plain = content.layout == torch.strided and content.device.type == "cpu"
-        if not plain or content.nbytes > content.untyped_storage().nbytes():
-            raise ValueError(f"a tensor of shape {tuple(content.shape)} has no numbers of its own")
-    content = vars(content) if isinstance(content, argparse.Namespace) else content
-    count, listed = 1, content if isinstance(content, (list, tuple)) else ()
-    for inner in content.values() if isinstance(content, dict) else listed:
-        count += check_tensors(inner, depth + 1)
-        if count > 1_000_000:
-            raise ValueError("more than a million values")
-    return count
-
-
 def load_checkpoint(path, mapped=False):
     """-> dict on the CPU; mapped: its tensors stay on the disk until they are used. Raises UserError for a file that is
     missing, damaged, no checkpoint, or a pickle with code in it."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is no file")
-    with reading(path), open(path, "rb") as f, contextlib.ExitStack() as stack:
+        raise UserError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
+    with reading(path), open(path, "rb") as f:
         if f.read(100).lstrip().startswith(b"<"):
             raise UserError(f"{path}: is a web page, not a checkpoint: a download that went wrong, fetch it again")
-        archive = stack.enter_context(zipfile.ZipFile(path)) if zipfile.is_zipfile(path) else None
+        archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None  # not where it is of torch's old kind
         members = archive.infolist() if archive else []
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise ValueError("it unpacks to more than its size")  # torch never compresses
         if any(member.external_attr & 16 for member in members):  # the mark of a folder, which torch reads as zeros
             raise ValueError("a folder where numbers should be")
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it loads
         # Released training checkpoints hold their flags in a Namespace: a bag of values, the one class that is let in.
-        stack.enter_context(torch.serialization.safe_globals([argparse.Namespace]))
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        check_tensors(content)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it loads
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        for count, (_, value) in enumerate(walk(content)):  # a small file could ask for any amount of memory or time
+            if count > 1_000_000:
+                raise ValueError("more than a million values")
+            if torch.is_tensor(value) and (value.layout != torch.strided or value.device.type != "cpu"
+                                           or value.nbytes > value.untyped_storage().nbytes()):
+                raise ValueError(f"a tensor of shape {tuple(value.shape)} has no numbers of its own")
         if not isinstance(content, dict):
             raise UserError(f"{path}: not a checkpoint of this project")
         promised = content.pop("checksum", None)
@@ -185,7 +169,7 @@ def load_safetensors(path):
     first byte to the last. Every length and offset is checked against the file before it is used."""
     with reading(path), open(path, "rb") as f:
         length, size = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno()).st_size
-        if not 2 <= length <= min(size - 8, 10_000_000):
+        if length > min(size, 10_000_000):
             raise ValueError(f"its header claims {length} bytes of {size}")
         pairs = json.loads(f.read(length), object_pairs_hook=list)
         header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
@@ -195,8 +179,7 @@ def load_safetensors(path):
             numbers = math.prod(shape) * dtype.itemsize if all(isinstance(n, int) and n >= 0 for n in shape) else -1
             if start != end or stop - start != numbers or stop > size - 8 - length:
                 raise ValueError(f"{name} claims bytes {start} to {stop} for {entry['dtype']} of shape {shape}")
-            tensors[name] = torch.frombuffer(bytearray(f.read(numbers) or b"\0"), dtype=torch.uint8)[:numbers].view(
-                dtype).view(shape)
+            tensors[name] = torch.from_numpy(np.fromfile(f, np.uint8, numbers)).view(dtype).view(shape)
             end = stop
         if end != size - 8 - length or len(header) + any(name == "__metadata__" for name, _ in pairs) != len(pairs):
             raise ValueError("bytes that are nobody's, or a name that stands twice")
@@ -204,8 +187,8 @@ def load_safetensors(path):
 
 
 def check_archive(path):
-    """Raise ValueError where a zip claims to unpack to more than 256 MiB and 100 times its size: images do not, files
-    made to fill the memory do; or where its directory is damaged: labels must not go missing unseen."""
+    """ValueError where a zip claims to unpack to more than 256 MiB and 100 times its size: images do not, files made to
+    fill the memory do; or where its directory is damaged: labels must not go missing unseen."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             archive.open(member).close()  # compares the directory's name with the member's own
@@ -226,8 +209,7 @@ def gunzip(path, most=1 << 28):
 
 def write_record(path, record):
     """A dict as JSON, with its checksum."""
-    text = json.dumps({**record, "checksum": checksum(record)}, indent=1) + "\n"
-    save_file(path, lambda f: f.write(text.encode()))
+    save_file(path, lambda f: f.write(json.dumps({**record, "checksum": checksum(record)}, indent=1).encode() + b"\n"))
 
 
 def read_record(path):
@@ -252,27 +234,36 @@ def download(url, path, sha256, size):
 
     A transfer that breaks, stalls or was killed goes on where it stopped; of several processes one fetches and the
     others wait. Raises UserError with the place where a copy made by hand is looked for."""
-    path = pathlib.Path(path)
-    part, by_hand = path.with_name(path.name + ".part"), f"fetch it by other means and put it at {path.resolve()}"
-    with contextlib.ExitStack() as stack:
-        if not path.is_file():
-            stack.enter_context(writing(path))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, lock_folder(path.parent))
-        while not path.is_file():  # else the process that was waited for has brought it
-            resumed = part.exists() and part.stat().st_size > 0
-            fetch(url, part, size, by_hand)
-            problem = find_fault(part, sha256, size)
-            if not problem:
-                os.replace(part, path)
-                break
-            part.unlink()
-            if not resumed:  # else it may mix two versions of the file: once more from its beginning
-                raise UserError(f"{url}: {problem}, deleted; {by_hand}")
-    problem = find_fault(path, sha256, size)
-    if problem:
+    path, part = pathlib.Path(path), pathlib.Path(f"{path}.part")
+    by_hand = f"fetch it by other means and put it at {path.resolve()}"
+    if not path.is_file():
+        with writing(path), locked(path.parent):
+            while not path.is_file():  # else the process that was waited for has brought it
+                resumed = part.exists()
+                fetch(url, part, size, by_hand)
+                if not (problem := find_fault(part, sha256, size)):
+                    os.replace(part, path)
+                    continue
+                part.unlink()
+                if not resumed:  # else it may mix two versions of the file: once more from its beginning
+                    raise UserError(f"{url}: {problem}, deleted; {by_hand}")
+    if problem := find_fault(path, sha256, size):
         raise UserError(f"{path}: {problem}; delete it and it is fetched again from {url}")
     return path
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """The folder, made, and other processes kept out of here: the lock is the system's, none is left by a crash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(ImportError, OSError):  # Windows, and some network file systems, have no such locks
+        import fcntl
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def find_fault(path, sha256, size):
@@ -282,15 +273,6 @@ def find_fault(path, sha256, size):
         return f"{found} bytes where {size} were expected"
     found = file_sha256(path)
     return None if found == sha256 else f"wrong sha256 {found[:16]}…, expected {sha256[:16]}…"
-
-
-def lock_folder(folder):
-    """An open handle of the folder, locked until it is closed: the lock is the system's, none is left by a crash."""
-    handle = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(ImportError, OSError):  # Windows, and some network file systems, have no such locks
-        import fcntl
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    return handle
 
 
 def fetch(url, part, size, by_hand):
@@ -303,7 +285,7 @@ def fetch(url, part, size, by_hand):
             raise UserError(f"{url}: {error}; {by_hand}") from None
         except (ConnectionError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
             reason = str(error) if type(error) is ConnectionError else type(error).__name__
-        reached = part.stat().st_size if part.exists() else 0
+        reached = part.stat().st_size
         failures, most = (1, reached) if reached > most else (failures + 1, most)
         if failures > len(PAUSES):
             kept = "what has arrived is kept and the same command goes on from there, or " if reached else ""

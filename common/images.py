@@ -14,14 +14,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from common.files import check_archive, reading, save_file
 from common.run import UserError
 
-# About odd files Pillow warns and logs: what matters is whether they can be read.
+# About odd files Pillow warns and logs; what matters is whether they can be read.
 warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # whatever a file is named: none starts another program
 IMAGE_NAMES = (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))  # of images and labels in an .npz
-REFERENCE_NAMES = (("x1", "y1"), *IMAGE_NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,17 +32,17 @@ def image_files(label, folder):
         raise UserError(f"{label}: {error.filename} cannot be listed ({error.strerror}); mend its permissions or "
                         "move it away")
 
-    found, seen, root = [], set(), os.path.realpath(folder)
+    def leads_back(path):  # into this folder, whose images would be read twice, or to one around it, without end
+        target = path.resolve()
+        return path.is_symlink() and (target.is_relative_to(root) or root.is_relative_to(target))
+
+    found, seen, root = [], set(), pathlib.Path(folder).resolve()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        if os.path.realpath(place) in seen:  # links may form loops
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        paths = [os.path.join(place, name) for name in sorted(folders) if name != "lost+found"]
-        # A link to another part of this folder would read images twice, one to a folder around it would never end.
-        folders[:] = [os.path.basename(p) for p in paths if not os.path.islink(p) or os.path.commonpath(
-            [root, os.path.realpath(p)]) not in (root, os.path.realpath(p))]
-        found += [pathlib.Path(place, name) for name in names]
+        place = pathlib.Path(place)
+        again = place.resolve() in seen  # links may form loops
+        seen.add(place.resolve())
+        folders[:] = sorted(f for f in folders if not again and f != "lost+found" and not leads_back(place / f))
+        found += [place / name for name in names if not again]
     files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
         raise UserError(f"{label}: no images in this folder (looked for {' '.join(sorted(SUFFIXES))})")
@@ -80,9 +79,10 @@ def as_pillow(image):
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
-def read_npz(path, flag="--data", names=IMAGE_NAMES):
-    """The first of these pairs that is there -> images (N,H,W,C) uint8 and labels (N,) or None."""
-    label = f"{flag} {path}"
+def read_npz(path, flag="--data"):
+    """The first of IMAGE_NAMES that is there, for a reference x1 before these -> images (N,H,W,C) uint8 and labels (N,)
+    or None."""
+    label, names = f"{flag} {path}", (("x1", "y1"),) * (flag == "--reference") + IMAGE_NAMES
     if not zipfile.is_zipfile(path):
         raise UserError(f"{label}: not a readable .npz file")
     with reading(label):
@@ -97,8 +97,8 @@ def read_npz(path, flag="--data", names=IMAGE_NAMES):
             raise UserError(f"{label}: {found[0]} is {images.dtype}, images must be uint8 (0 to 255)")
         images = images[..., None] if images.ndim == 3 else images
         if images.ndim != 4 or 0 in images.shape or images.shape[3] > min(images.shape[1:3]):
-            raise UserError(f"{label}: {found[0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C), channels "
-                            "last")
+            raise UserError(f"{label}: {found[0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C), "
+                            "channels last")
         if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
                                    or labels.max() >= 1000000):
             raise UserError(f"{label}: {found[1]} must be {len(images)} whole numbers from 0 to 999999, found "
@@ -108,19 +108,19 @@ def read_npz(path, flag="--data", names=IMAGE_NAMES):
 
 def read_images(flag, path, side, channels):
     """A file, a folder or an .npz, each image side x side -> (n,side,side,channels) uint8, labels (n,) or None."""
-    path, want = pathlib.Path(path), (side, side, channels)
+    label, path, images = f"{flag} {path}", pathlib.Path(path), []
     if path.is_file() and path.suffix.lower() == ".npz":
-        images, labels = read_npz(path, flag, REFERENCE_NAMES if flag == "--reference" else IMAGE_NAMES)
-        if images.shape[1:] != want:
-            raise UserError(f"{flag} {path}: images of shape {images.shape[1:]}, the checkpoint works on {want}")
+        images, labels = read_npz(path, flag)
+        if images.shape[1:] != (side, side, channels):
+            raise UserError(f"{label}: images of shape {images.shape[1:]}, the checkpoint works on "
+                            f"{(side, side, channels)}")
         return images, labels
     if not path.exists():
-        raise UserError(f"{flag} {path}: no such file or folder")
-    images = []
-    for file in [path] if path.is_file() else image_files(f"{flag} {path}", path):
-        image = read_image(f"{flag} {path}", file)
+        raise UserError(f"{label}: no such file or folder")
+    for file in [path] if path.is_file() else image_files(label, path):
+        image = read_image(label, file)
         if image.shape[:2] != (side, side) or channels not in (1, 3):
-            raise UserError(f"{flag} {path}: {file} is {image.shape[1]}x{image.shape[0]}, the checkpoint works on "
+            raise UserError(f"{label}: {file} is {image.shape[1]}x{image.shape[0]}, the checkpoint works on "
                             f"{side}x{side}x{channels}")
         images.append(image if channels == 3 else np.asarray(Image.fromarray(image).convert("L"))[..., None])
     return np.stack(images), None
@@ -143,8 +143,9 @@ def to_uint8(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-def grid(images, columns, gap=2):
-    """(n,H,W,C) uint8 -> (H',W',3) uint8, row by row; more than three channels show the first three."""
+def grid(images, columns, pixels, gap=2):
+    """(n,H,W,C) uint8 -> (H',W',3) uint8, row by row, each pixel repeated so that small images can be seen; more than
+    three channels show the first three."""
     n, height, width, channels = images.shape
     images = images[..., :3] if channels >= 3 else np.repeat(images[..., :1], 3, -1)
     rows = math.ceil(n / columns)
@@ -152,23 +153,18 @@ def grid(images, columns, gap=2):
     for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         out[top:top + height, left:left + width] = image
-    return out
-
-
-def enlarge(picture, pixels=640):
-    """Repeat pixels so that small images can be seen: a whole factor, nothing is interpolated."""
-    factor = max(1, pixels // max(picture.shape[:2]))
-    return picture.repeat(factor, 0).repeat(factor, 1)
+    factor = max(1, pixels // max(out.shape[:2]))
+    return out.repeat(factor, 0).repeat(factor, 1)
 
 
 def square_grid(images, pixels=640):
-    """At least ten images a row, about as many rows as columns, enlarged."""
-    return enlarge(grid(images, min(len(images), max(10, math.ceil(len(images) ** 0.5)))), pixels)
+    """At least ten images a row, about as many rows as columns."""
+    return grid(images, min(len(images), max(10, math.ceil(len(images) ** 0.5))), pixels)
 
 
 def stack_rows(rows, pixels=640):
-    """A list of (n,H,W,C) uint8, each a row of the picture, enlarged."""
-    return enlarge(grid(np.concatenate(rows), len(rows[0])), pixels)
+    """A list of (n,H,W,C) uint8, each a row of the picture."""
+    return grid(np.concatenate(rows), len(rows[0]), pixels)
 
 
 def save_picture(path, picture):
@@ -180,7 +176,7 @@ def side_by_side(panels, captions):
     size = max(14, panels[0].shape[1] // 30)
     font, gap, line = ImageFont.load_default(size), size, size + size // 3
     height, width = panels[0].shape[0], sum(p.shape[1] for p in panels) + gap * (len(panels) + 1)
-    canvas = Image.new("RGB", (width, height + gap + line * max(map(len, captions)) + gap), "white")
+    canvas = Image.new("RGB", (width, height + 2 * gap + line * max(map(len, captions))), "white")
     draw, left = ImageDraw.Draw(canvas), gap
     for panel, lines in zip(panels, captions):
         canvas.paste(Image.fromarray(panel), (left, gap))
@@ -196,13 +192,12 @@ def side_by_side(panels, captions):
 def lowres4(image, rng):
     """4x4 boxes replaced by their mean."""
     height, width, channels = image.shape
-    small = image.reshape(height // 4, 4, width // 4, 4, channels).mean((1, 3))
-    return small.repeat(4, 0).repeat(4, 1)
+    return image.reshape(height // 4, 4, width // 4, 4, channels).mean((1, 3)).repeat(4, 0).repeat(4, 1)
 
 
 def inpaint(image, rng):
     """The central square of half the side filled with noise."""
-    out, side = image.astype(np.float64), image.shape[0]
+    out, side = image.astype(np.float64), len(image)
     hole = slice(side // 4, side // 4 + side // 2)
     out[hole, hole] = 127.5 * (1 + rng.standard_normal(out[hole, hole].shape))
     return out
