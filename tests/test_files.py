@@ -91,6 +91,10 @@ def npz(**arrays):
     return written(lambda f: np.savez(f, **arrays))
 
 
+def npy(array):
+    return written(lambda f: np.save(f, array))
+
+
 def packed(content, old=b"", new=b""):
     """An archive's members, compressed."""
     buffer = io.BytesIO()
@@ -178,9 +182,9 @@ FORMATS = {  # file: (content, how it is read, what is right of it if it is not 
     DIGITS: (idx(5, 8, 8, content=bytes(draw(5, 8, 8))), lambda path: read_idx_set("mnist", "."), "content"),
     DIGIT_LABELS: (idx(5, content=bytes(draw(5))), lambda path: read_idx_set("mnist", "."), "content"),
     CIFAR10: (tar(), lambda path: read_cifar10("."), "content"),
-    **{f"latents/{name}": (content, lambda path: [*read_latents("latents")], right) for name, content, right in [
-        ("latents.npy", written(lambda f: np.save(f, LATENTS)), "shapes"),
-        ("labels.npy", written(lambda f: np.save(f, LABELS)), "content"), ("record.json", RECORD, "content")]},
+    **{f"latents/{name}": (content, lambda path: [*read_latents("latents")], right) for name, content, right in (
+        ("latents.npy", npy(LATENTS), "shapes"), ("labels.npy", npy(LABELS), "content"),
+        ("record.json", RECORD, "content"))},
     "cache/*.npy": (None, cache, "mended"), "cache/*.json": (None, cache, "mended"),
 }
 
@@ -260,7 +264,7 @@ HOSTILE = {
     **{f"pickle {i}": pickle.dumps({"ema": Malice()}, i) for i in (0, 2, 4)}, "module": pt(torch.nn.ReLU()),
     "torch": pt({"config": {}, "ema": {"w": Malice()}}), "Namespace": pt({"args": argparse.Namespace(x=[Malice()])}),
     "legacy": pt({"ema": Malice()}, **LEGACY), "labels": npz(images=IMAGES, labels=EVIL),
-    "npy": written(lambda f: np.save(f, EVIL)), **{name: npz(**{name: EVIL}) for name in ("x_train", "arr_0", "x1")},
+    "npy": npy(EVIL), **{name: npz(**{name: EVIL}) for name in ("x_train", "arr_0", "x1")},
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n",
 }
 
@@ -290,7 +294,7 @@ def marked(name, where, value, whole=ARRAYS):
 
 KNOT, BOMB, NAN = [], gzip.compress(bytes(1 << 24)) * 128, float("nan")
 KNOT.append({"a": KNOT})
-LAUGHS = functools.reduce(lambda value, _: [value] * 10, range(30), "ha")
+LAUGHS = functools.reduce(lambda value, _: [value] * 10, range(7), "ha")
 A, CONV = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}', "encoder.conv_in.weight"
 PATCHES, LABEL = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
 CLAIMS = {  # file: [(content, what the line says), ...]
@@ -331,6 +335,9 @@ CLAIMS = {  # file: [(content, what the line says), ...]
     DIGITS: [
         *((idx(*shape), "") for shape in ((2 ** 31, 2 ** 31, 4), (4, 5, 5), (0, 5, 5))), (BOMB, "bytes inside"),
         (idx(4, 5, 5, start=b"\0\0\r"), "begins with"), (idx(100), "begins with")],
+    "latents/latents.npy": [(npy(latents), "latents of shape") for latents in (
+        LATENTS[..., :1], LATENTS[..., 0], LATENTS[:5], np.float32(LATENTS))],
+    "latents/labels.npy": [(npy(LABELS[::-1]), "other labels"), (npy(np.int32(LABELS)), "other labels")],
     CIFAR10: [
         *((tar(type=kind, linkname=BATCH.format(4)), "is no plain file") for kind in (
             tarfile.CHRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)), (tar(size=0), "is no plain file"),
@@ -343,14 +350,18 @@ CLAIMS = {  # file: [(content, what the line says), ...]
 def test_claims_are_not_believed(name, whole):
     for content, says in CLAIMS[name]:
         line = refused(FORMATS[name][1], put(name, content), says=says)
-        assert name in line and (name == "a.npz" or "enough memory" not in line), line
+        assert (name in line or "latents" in name) and (name == "a.npz" or "enough memory" not in line), line
 
 
-def test_what_is_no_file_is_not_waited_for():
+def test_pipes_are_not_waited_for_and_not_replaced():
     os.mkfifo("pipe")
     for path, says in (("pipe", "is no file"), (".", "is no file"), ("missing", "no such file")):
         refused(load_checkpoint, path, says=says)
     refused(read_picture, ".", says="cannot be read (Is a directory)")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    save_picture("pipe", draw(4, 4, 3))
+    assert os.read(reader, 9999).startswith(b"\x89PNG") and pathlib.Path("pipe").is_fifo()
+    os.close(reader)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,18 +401,12 @@ def test_files_are_flushed_and_then_renamed(monkeypatch):
     assert done == ["flushed", "renamed"] and pathlib.Path("deep/er/a.pt").stat().st_mode & 0o777 == 0o640
     with pytest.raises(CannotWrite, match="a.pt/b.pt"):
         save_checkpoint("deep/er/a.pt/b.pt", {})
+
+    def interrupted(f):
+        raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        save_file("deep/er/c", lambda f: signal.raise_signal(signal.SIGINT))
+        save_file("deep/er/c", interrupted)
     assert os.listdir("deep/er") == ["a.pt"]
-
-
-def test_devices_are_written_to():
-    """Not replaced by a file."""
-    os.mkfifo("pipe")
-    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
-    save_picture("pipe", draw(4, 4, 3))
-    assert os.read(reader, 9999).startswith(b"\x89PNG") and pathlib.Path("pipe").is_fifo()
-    os.close(reader)
 
 
 def test_what_is_not_finite_is_not_saved():
@@ -485,7 +490,7 @@ GOT = {  # name: (what a killed run left, the server's answers, the first byte o
     "no range": (X, [reply(DATA)], [1000]), "redirect": (OLD, [reply(code=302, Location="/a"), WHOLE], [1000, 1000]),
     "416": (X, [reply(b"<html>", 416), WHOLE], [1000, 0]), "chunks": (X, [chunks(DATA)], [1000]),
     "cut off": (b"", [FOURTH] * 9 + [WHOLE], [*range(0, N, 4000)]),
-    **{f"{cut[:40]}": (b"", [cut, WHOLE], [0, 1000]) for cut in (reply(OLD, length=""), chunks(OLD, b""))},
+    "unsized": (b"", [reply(OLD, length=""), WHOLE], [0, 1000]), "a chunk": (b"", [chunks(OLD, b""), WHOLE], [0, 1000]),
     "stalls": (b"", [file(upto=4000, end=STALL)] * 2 + [WHOLE], [0, 4000, 8000]),
     "pieces": (OLD, [part(f"1000-1499/{N}", DATA[1000:1500]), part("1500-1599/*", DATA[1500:1600]), WHOLE],
                [1000, 1500, 1600]),
