@@ -11,7 +11,6 @@ SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0, ima
 import concurrent.futures
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -256,8 +255,7 @@ def open_npz(label, path):
             raise UserError(f"{label}: statistics of shapes {found}, where finite ones of {width} features are "
                             "expected: damaged, or of another network or layer")
     kind = " and ".join(["images"] * bool(name) + ["statistics"] * bool(statistics))
-    record = {"kind": kind, "path": str(path), "sha256": file_sha256(path), **made}
-    return Source(str(path), n, read, record, statistics, made_from)
+    return Source(str(path), n, read, {"kind": kind, "sha256": file_sha256(path), **made}, statistics, made_from)
 
 
 def open_folder(label, folder, size):
@@ -266,7 +264,7 @@ def open_folder(label, folder, size):
 
     def read(start, stop):
         return list(workers.map(lambda file: read_image(label, file, size), files[start:stop]))
-    return Source(str(folder), len(files), read, {"kind": "folder", "path": str(folder), "image_size": size})
+    return Source(str(folder), len(files), read, {"kind": "folder", "image_size": size})
 
 
 def open_checkpoint(role, path, args, device):
@@ -280,7 +278,7 @@ def open_checkpoint(role, path, args, device):
     seed, student = args.seed + (role == "REFERENCE"), config.get("student")
     labels = choose_labels(args.labels, args.n, net.num_classes, seed)
     guidance = {"cfg_interval": [0.0, 1.0], **(student or sampler._asdict())}
-    record = {"kind": "checkpoint", "path": path, "sha256": file_sha256(path), "interpolant": config["interpolant"],
+    record = {"kind": "checkpoint", "sha256": file_sha256(path), "interpolant": config["interpolant"],
               "sampler": "student" if student else sampler.solver, "steps": sampler.steps,
               "diffusion": sampler.diffusion if sampler.solver == "sde" else None, "seed": seed, "labels": args.labels,
               "cfg_scale": guidance["cfg_scale"], "cfg_interval": guidance["cfg_interval"], "vae": args.vae,
@@ -288,7 +286,7 @@ def open_checkpoint(role, path, args, device):
 
     def read(start, stop):
         return generate(net, config, labels[start:stop], seed, range(start, stop), sampler, decode=decode)
-    return Source(path, args.n, read, record)
+    return Source(str(path), args.n, read, record)
 
 
 def open_source(role, name, args, device, size=None):
@@ -296,7 +294,7 @@ def open_source(role, name, args, device, size=None):
     path, label = pathlib.Path(name), f"{role} {name}"
     if name in DATA_SETS:
         images = load_images(name, args.data_dir, args.image_size or size).images
-        record = {"kind": "data set", "path": name, "image_size": images.shape[1]}
+        record = {"kind": "data set", "image_size": images.shape[1]}
         return Source(name, len(images), lambda start, stop: images[start:stop], record)
     if path.is_dir():
         return open_folder(label, path, args.image_size)
@@ -304,7 +302,7 @@ def open_source(role, name, args, device, size=None):
         raise UserError(f"{label}: no such file, folder or data set (data sets: {', '.join(DATA_SETS)})")
     if path.suffix.lower() in SUFFIXES:
         raise UserError(f"{label}: is one image; give a folder of them")
-    return open_npz(label, path) if path.suffix.lower() == ".npz" else open_checkpoint(role, str(path), args, device)
+    return open_npz(label, path) if path.suffix.lower() == ".npz" else open_checkpoint(role, path, args, device)
 
 
 def open_sides(args, device, rank):
@@ -515,8 +513,9 @@ def check_rulers(sides, ruler):
     used = [("this run", {"weights_sha256": ruler.sha256, "resize": ruler.resize})] if ruler.net else []
     used += [(f"the statistics of {side.name}", side.record.get("made", {})) for side in sides.values()]
     for key, what in (("weights_sha256", "Inception weights"), ("resize", "--resize")):
-        for (one, a), (two, b) in itertools.combinations([(who, made.get(key)) for who, made in used], 2):
-            if a and b and a != b:
+        known = [(who, made[key]) for who, made in used if made.get(key)]
+        for (one, a), (two, b) in zip(known, known[1:]):
+            if a != b:
                 raise UserError(f"{what}: {one} used {str(a)[:8]}, {two} used {str(b)[:8]}; they cannot be compared")
 
 
@@ -527,7 +526,7 @@ def conclude(args, sides, results, ruler, world):
     about = {"weights": ruler.weights, "weights_sha256": ruler.sha256, "resize": ruler.resize, "versions": versions,
              "dtype": "float32, moments and distances float64", "device": str(ruler.device), "processes": world,
              "batch": args.batch}
-    sources = {role.lower(): {**side.record, "n": side.count(args.metrics[0]),
+    sources = {role.lower(): {"path": side.name, **side.record, "n": side.count(args.metrics[0]),
                               "pixels_sha256": results[role].get("pixels")} for role, side in sides.items()}
     if args.save_stats:
         role = [*sides][-1]

@@ -110,11 +110,10 @@ def read_images(flag, path, side, channels):
     """A file, a folder or an .npz, each image side x side -> (n,side,side,channels) uint8, labels (n,) or None."""
     label, path, images = f"{flag} {path}", pathlib.Path(path), []
     if path.is_file() and path.suffix.lower() == ".npz":
-        images, labels = read_npz(path, flag)
-        if images.shape[1:] != (side, side, channels):
-            raise UserError(f"{label}: images of shape {images.shape[1:]}, the checkpoint works on "
-                            f"{(side, side, channels)}")
-        return images, labels
+        found, want = read_npz(path, flag), (side, side, channels)
+        if found[0].shape[1:] != want:
+            raise UserError(f"{label}: images of shape {found[0].shape[1:]}, the checkpoint works on {want}")
+        return found
     if not path.exists():
         raise UserError(f"{label}: no such file or folder")
     for file in [path] if path.is_file() else image_files(label, path):
@@ -173,8 +172,8 @@ def save_picture(path, picture):
 
 def side_by_side(panels, captions):
     """Pictures of one height, each with its captions (a list of lines) under it -> one picture on white."""
-    size = max(14, panels[0].shape[1] // 30)
-    font, gap, line = ImageFont.load_default(size), size, size + size // 3
+    gap = max(14, panels[0].shape[1] // 30)
+    font, line = ImageFont.load_default(gap), gap + gap // 3
     height, width = panels[0].shape[0], sum(p.shape[1] for p in panels) + gap * (len(panels) + 1)
     canvas = Image.new("RGB", (width, height + 2 * gap + line * max(map(len, captions))), "white")
     draw, left = ImageDraw.Draw(canvas), gap
