@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import scipy
@@ -109,7 +110,7 @@ def random_teacher(folder, model, side, channels):
 # An iteration of distillation, and samples
 
 def run_distill(teacher, *flags):
-    """distill.py itself -> the lines of its log."""
+    """distill.py itself -> its log."""
     out = pathlib.Path(teacher).parent / "ours"
     flags = ("--teacher_ckpt", teacher, "--out", out, "--fresh", "--sample_every", 10 ** 6, *flags)
     argv, sys.argv = sys.argv, ["distill.py", *map(str, flags)]
@@ -119,13 +120,14 @@ def run_distill(teacher, *flags):
             distill.main()
     finally:
         sys.argv = argv
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return out / "log.jsonl"
 
 
 def ours(teacher, args, *flags, device="cpu"):
     """Seconds per iteration, after as many of warm-up, and peak memory in MiB."""
     n, flags = args.iterations, ("--batch", args.batch, "--device", device, *flags)
-    first, last = run_distill(teacher, *flags, "--iters", 2 * n, "--log_every", n)
+    log = run_distill(teacher, *flags, "--iters", 2 * n, "--log_every", n)
+    first, last = map(json.loads, log.read_text().splitlines())
     return (last["seconds"] - first["seconds"]) / n, last["memory_mib"]
 
 
@@ -154,15 +156,15 @@ def naive(net, batch, objective, k_psi):
 
 
 def count_units(objective, k_psi, *flags):
-    """Forward units of an iteration of distill.py and of the naive arrangement, from the operations of a small network:
-    of two iterations less those of one, so that what a run does once does not count."""
+    """Forward units of an iteration of distill.py, without what follows it (line, picture, checkpoint), and of the
+    naive arrangement, from the operations of a small network."""
     flags = ("--objective", objective, "--k_psi", k_psi, "--batch", 2, "--device", "cpu", *flags, "--t_init", 0.7,
-             "--t_min", 0.02, "--t_max", 0.98, "--iters")
-    with tempfile.TemporaryDirectory() as folder:
+             "--t_min", 0.02, "--t_max", 0.98, "--iters", 1)
+    with tempfile.TemporaryDirectory() as folder, mock.patch("common.run.Run.report", lambda *_: None):
         teacher, net, _ = random_teacher(folder, "SiT-XXS/2", 16, 1)
         unit = flops(lambda: net(torch.empty(2, 1, 16, 16), torch.empty(2)))
-        one, two = (flops(lambda: run_distill(teacher, *flags, n)) for n in (1, 2))
-    return round((two - one) / unit), round(flops(naive(net, 2, objective, k_psi)) / unit)
+        return [round(flops(action) / unit) for action in (
+            lambda: run_distill(teacher, *flags), naive(net, 2, objective, k_psi))]
 
 
 def iteration(args):
