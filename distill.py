@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 
 from common.autoencoder import decoder
-from common.data import Stream, load_images, load_reference
+from common.data import Stream, open_data_of
 from common.files import checksum, load_checkpoint, save_checkpoint
 from common.images import save_picture, stack_rows, to_uint8
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, command, generator, number, one_of, precision,
                         put_in_training)
-from interpolants import (FAMILIES, Batch, Problem, check_log_snr, convert, loss_weight, prediction_scale,
-                          regression_loss, student_input, time_of_noise_ratio)
-from model import build_model, ema_update, frozen_copy, guided, load_weights
-from sample import check_interval, load_named, problem_of
+from interpolants import (Batch, Problem, check_log_snr, convert, loss_weight, prediction_scale,
+                          regression_loss, student_input, time_grid, time_of_noise_ratio)
+from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
+from model import build_from, ema_update, frozen_copy, guided, load_weights
+from sample import is_flow_map, load_named, load_teacher, noise_levels, student_times
 
 
 class Objective(NamedTuple):
@@ -46,6 +47,7 @@ OBJECTIVES = {  # what a row sets, the flags of these names override
     "sid": Objective(2 * (1 - 1.2), "full", "l1", "data"),  # SiD, a = 1.2 (arXiv:2404.04057, eq. 23)
     "dmd": Objective(1.0, "stop", "l1", "data"),  # DMD2 without its GAN (arXiv:2405.14867)
 }
+FLOW_ROWS = [name for name, row in ROWS.items() if "before" not in row]
 START_RATIO = 2.5  # s / alpha at which the student starts by default: SiD's sigma, t = 0.714 on the linear path
 RATIO_RANGE = (0.02, 50.0)  # s / alpha of the times that losses are taken at
 
@@ -203,13 +205,11 @@ class Players(NamedTuple):
             one.load_moments(moments, path)
 
 
-def make_players(args, config, teacher):
-    """Student and critic start from the teacher's average. Everyone stays in eval(): no dropout anywhere. Beta1 = 0:
-    momentum chases a target that the other network has already moved."""
-    device, nets = next(teacher.parameters()).device, []
-    for _ in range(2):
-        nets.append(build_model(config).to(device).eval())
-        nets[-1].load_state_dict(teacher.state_dict())
+def make_players(args, config, teacher, first):
+    """The student, of this configuration, starts from `first`, the critic from the teacher's average. Everyone stays in
+    eval(): no dropout anywhere. Beta1 = 0: momentum chases a target that the other network has already moved."""
+    one_time = {**config, "network": {**config["network"], "second_time": False}}
+    nets, device = [build_from(config, first), build_from(one_time, teacher)], teacher.pos_embed.device
     averages = [frozen_copy(nets[0]) for _ in args.ema]
     torch.manual_seed(args.seed)
     nets.append(Head(nets[1].width).to(device) if args.gan_weight else None)
@@ -261,6 +261,12 @@ def parse_flags():
         "--lr)")
     add("--ema", type=number(float, 0, 1), default=[0.98], nargs="+", help="decays of the student's averages; the "
         "first is sampled")
+    add("--student_ckpt", default=None, help="a flow map of this teacher (flow_map.py) that the student starts "
+        "from, at the map's own first time")
+    add("--flow_weight", type=number(float, 0), default=0.0, help="weight of a trajectory loss on the student, "
+        "which is a flow map then and takes several steps as well; 0 = off")
+    add("--flow_row", type=one_of(FLOW_ROWS), default="freeflow", help="the row of flow_map.py that makes it: "
+        + ", ".join(FLOW_ROWS))
     add = parser.group("real data")
     add("--data", default=None, help="real data, for the flags below and for bridges (a bridge takes its teacher's); "
         "as in train_teacher.py")
@@ -283,7 +289,6 @@ def parse_flags():
         if getattr(args, knob) is None:
             setattr(args, knob, getattr(OBJECTIVES[args.objective], knob))
     args.critic_lr = args.critic_lr or 3 * args.lr
-    check_interval(args.cfg_interval)
     return args, defaults
 
 
@@ -304,6 +309,7 @@ def check_real(args, config):
     """Raise UserError where real data are asked for and missing, or where their loss has no meaning."""
     kind, changed = config.get("reference"), [f for f in ("real_alpha", "real_beta") if getattr(args, f) < 1]
     flag = f"--{changed[0]} {getattr(args, changed[0]):g}" if changed else f"--gan_weight {args.gan_weight:g}"
+    flow = args.flow_weight and ROWS[args.flow_row].times not in DATA_FREE
     if not kind and args.reference is not None:
         raise UserError(f"--reference {args.reference}: the teacher starts from noise, not from a reference; leave it "
                         "out")
@@ -312,9 +318,11 @@ def check_real(args, config):
                         f"{args.objective} --units data)")
     if (changed or args.gan_weight) and args.data is None and not kind:
         raise UserError(f"{flag}: needs real data; add --data")
-    if args.data and not kind and not changed and not args.gan_weight:
+    if args.data and not kind and not changed and not args.gan_weight and not flow:
         raise UserError(f"--data {args.data}: nothing uses it; add --real_alpha, --real_beta or --gan_weight, or "
                         "leave it out")
+    if flow and args.data is None and not kind:
+        raise UserError(f"--flow_row {args.flow_row}: needs data to noise; add --data, or take freeflow")
     if changed and args.grad == "stop":
         raise UserError(f"{flag}: under --grad stop (--objective {args.objective}) the student's direction is that of "
                         "a KL divergence only with a critic of the student alone; use --grad full, or leave it out")
@@ -327,24 +335,35 @@ def check_real(args, config):
                             "leave it out")
 
 
+def open_start(args, config, device):
+    """--student_ckpt -> what the student starts from, its network and configuration."""
+    net, own = load_named("--student_ckpt", args.student_ckpt, device)
+    for key in ("interpolant", "prediction", "reference", "gamma_scale"):
+        if own.get(key) != config.get(key):
+            raise UserError(f"--student_ckpt {args.student_ckpt}: its {key} is {own.get(key)}, the teacher's "
+                            f"{config.get(key)}")
+    if not is_flow_map(own) or {**own["network"], "second_time": False} != {**config["network"], "second_time": False}:
+        raise UserError(f"--student_ckpt {args.student_ckpt}: is no flow map with the sizes of the teacher "
+                        f"{args.teacher_ckpt}")
+    return net, own
+
+
 def open_teacher(args, device):
-    """-> the teacher's network, its configuration and its problem; the flags that the checkpoint answers are filled."""
-    teacher, config = load_named("--teacher_ckpt", args.teacher_ckpt, device)
-    if "student" in config:
-        raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is a student, give its teacher")
-    if args.model not in (None, config["model"]):
-        raise UserError(f"--model {args.model}: the teacher {args.teacher_ckpt} is a {config['model']}; leave --model "
-                        "out")
-    for flag in ("cfg_scale", "critic_cfg_scale"):
-        if getattr(args, flag) != 1 and teacher.num_classes == 0:
-            raise UserError(f"--{flag} {getattr(args, flag):g}: the teacher {args.teacher_ckpt} has no classes to "
-                            "guide with")
-    problem, kind = problem_of(config), config.get("reference")
+    """-> the teacher's network, its configuration, its problem, and what --student_ckpt names; the flags that the
+    checkpoints answer are filled."""
+    teacher, config, problem = load_teacher(args, device)
+    kind = config.get("reference")
     check_objective(problem, Objective(args.kappa, args.grad, args.weight, args.units))
     check_real(args, config)
+    if kind == "unpaired" and args.flow_weight:
+        raise UserError(f"--flow_weight {args.flow_weight:g}: an unpaired bridge knows no velocity; leave it out")
+    start = open_start(args, config, device) if args.student_ckpt else None
 
     shape = noise_levels(problem, config)
-    args.t_init = args.t_init or time_of_noise_ratio(shape, START_RATIO)
+    first = student_times(start[1])[0] if start else float(time_grid(problem, 1)[0]) if args.flow_weight else None
+    args.t_init = args.t_init or first or time_of_noise_ratio(shape, START_RATIO)
+    if first and args.student_steps > 1:
+        raise UserError(f"--student_steps {args.student_steps}: a flow map takes any number of steps; leave it out")
     one, t = torch.ones(1, 1), torch.tensor([args.t_init])
     if not float(convert(problem, one, "data", Batch(x1=one, t=t, x_t=2 * one)).abs()) < 1e3:
         raise UserError(f"--t_init {args.t_init:g}: there a {problem.prediction} prediction says nothing of the data "
@@ -355,44 +374,17 @@ def open_teacher(args, device):
         raise UserError(f"--t_min {args.t_min}: must be below --t_max {args.t_max}")
     args.data = args.data or (config["data"] if kind else None)
     args.reference = args.reference or (config["reference_source"] if kind else None)
-    return teacher, config, problem
-
-
-def noise_levels(problem, config):
-    """The problem whose noise levels name times: whatever a bridge's gamma_scale."""
-    return problem._replace(path=FAMILIES[config["interpolant"]]) if problem.sees_x1 else problem
-
-
-def open_data(args, run, config, network):
-    """What bridges start from, and what RealUID and the discriminator learn from -> Images, Reference; None where
-    there is no need."""
-    if not args.data:
-        return None, None
-    kind, side = config.get("reference"), config["network"]["image_size"]
-    data = run.in_turn(lambda: load_images(args.data, args.data_dir, None if config.get("latent") else side, args.seed,
-                                           say=run.say))
-    if (data.channels, data.side) != (network.channels, side) or (
-            network.num_classes and data.num_classes not in (0, network.num_classes)):
-        raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, "
-                        f"the teacher has {side}x{side}x{network.channels} and {network.num_classes}")
-    if data.latent and config.get("latent", {}).get("autoencoder") not in (None, data.latent["autoencoder"]):
-        raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
-    if not kind:
-        return data, None
-    reference = run.in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
-    if reference.kind != kind:
-        raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
-    return data, reference
+    return teacher, config, problem, start
 
 
 def main():
     args, defaults = parse_flags()
     run = Run(args, defaults, "distill")
     device = run.device
-    teacher, config, problem = open_teacher(args, device)
+    teacher, config, problem, start = open_teacher(args, device)
     state = run.resume("resume.pt", lambda path: load_checkpoint(path, mapped=True),
                        ("student", "critic", "averages", "optimizers", "teacher"))
-    data, reference = open_data(args, run, config, teacher)
+    data, reference = open_data_of(args, run, config)
     made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint()}
     for flag, key in (("teacher_ckpt", "teacher"), ("data", "data")):
         run.check_same(flag, made_with[key], state and state.get(key))
@@ -400,10 +392,13 @@ def main():
     times = [args.t_init * (args.student_steps - i) / args.student_steps for i in range(args.student_steps)]
     config = {**config, "student": {"times": times, "steps": args.student_steps, **{key: getattr(args, key) for key in (
         "t_init", "cfg_scale", "cfg_interval", "objective", "kappa", "grad", "weight", "units")}}}
+    if start or args.flow_weight:  # the student is a flow map
+        config["network"] = {**config["network"], "second_time": True}
+        config["student"]["flow_map"] = args.flow_row if args.flow_weight else start[1]["student"]["flow_map"]
     critic_gan_weight = args.gan_weight if args.gan_critic_weight is None else args.gan_critic_weight
     objective = Objective(args.kappa, args.grad, args.weight, args.units, args.real_alpha, args.real_beta)
 
-    players, step = make_players(args, config, teacher), 0
+    players, step = make_players(args, config, teacher, start[0] if start else teacher), 0
     G, psi, head, averages = players
     if state:
         players.load(state, run.out / "resume.pt")
@@ -413,6 +408,8 @@ def main():
     side = config["network"]["image_size"]
     stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
                     (args.t_min, args.t_max), data, reference)
+    row, flow_stream = ROWS[args.flow_row], stream._replace(times=(args.t_min, args.t_init))
+    legs = make_legs(problem, row, v_star, G.net, averages[0])
     watched = watch(problem, stream, times, args.seed, time_of_noise_ratio(noise_levels(problem, config), 1.0))
     run.begin(step)
     run.say(f"from the teacher: {config['model']}, {config['interpolant']} path, {problem.prediction} prediction, "
@@ -422,6 +419,7 @@ def main():
         content = {"flags": vars(args), "step": step, **made_with, **players.state()}
         if run.rank == 0:
             save_checkpoint(run.out / "resume.pt", content)
+            save_student(run.out / "student.pt", step)
             if step % args.save_every == 0:
                 save_student(run.out / f"student_one_step_{step:07d}.pth", step)
 
@@ -477,6 +475,11 @@ def main():
             if k > 0:
                 start = draw_start(problem, stream, G.net, upto, step, "student", k)
             fake = renoise(problem, start, stream.draw(step, "gap", k))
+            if args.flow_weight:
+                free = row.times in DATA_FREE and not reference
+                b = stream.draw(step, "map", k) if free else renoise(
+                    problem, stream.draw_data(step, "map data", k), stream.draw(step, "map", k))
+                trip = draw_trip(problem, row, flow_stream, b, step)
             for rows in run.pieces(G):
                 if k > 0 or args.accum > 1:
                     x0 = problem.data(G.wrapped, start.rows(rows))
@@ -489,15 +492,17 @@ def main():
                     run.add(fooled=fooled)
                 x0.backward(torch.autograd.grad(total / args.accum, b.x0)[0])
                 run.add(student_loss=loss.mean(), D2=D2.mean())
+                if args.flow_weight:
+                    flow_loss = map_loss(problem, row, legs, G.wrapped, trip.rows(rows)).mean()
+                    (args.flow_weight * flow_loss / args.accum).backward()
+                    run.add(flow_loss=flow_loss)
             run.descend(step, student_norm=G)
 
         step += 1
         for average, decay in zip(averages, args.ema):
             ema_update(average, G.net, decay, step)
         run.report(step, save, picture, facts)
-    if run.rank == 0:
-        save_student(run.out / "student.pt", step)
-        print(f"wrote {run.out / 'student.pt'}")
+    run.say(f"wrote {run.out / 'student.pt'}")
 
 
 if __name__ == "__main__":

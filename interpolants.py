@@ -61,14 +61,15 @@ def family(name, gamma_scale=1.0):
 # What travels together
 
 class Batch(NamedTuple):
-    """Rows of a batch: x0, x1, z (B,C,H,W), times t (B,), labels y (B,), and x_t (B,C,H,W), what networks read at t.
-    What is not known yet, or not there, is None."""
+    """Rows of a batch: x0, x1, z (B,C,H,W), times t (B,), labels y (B,), x_t (B,C,H,W), what networks read at t, and
+    r (B,), the time that a flow map steps to. What is not known yet, or not there, is None."""
     x0: Optional[Tensor] = None
     x1: Optional[Tensor] = None
     z: Optional[Tensor] = None
     t: Optional[Tensor] = None
     y: Optional[Tensor] = None
     x_t: Optional[Tensor] = None
+    r: Optional[Tensor] = None
 
     def rows(self, part):
         return Batch(*(v if v is None else v[part] for v in self))
@@ -87,7 +88,8 @@ class Problem(NamedTuple):
 
     def call(self, net, b):
         """net's prediction on b (B,C,H,W)."""
-        return net(b.x_t, b.t, b.y, b.x1) if self.sees_x1 else net(b.x_t, b.t, b.y)
+        second = {} if b.r is None else {"r": b.r}
+        return net(b.x_t, b.t, b.y, *[b.x1] * self.sees_x1, **second)
 
     def data(self, net, b):
         """net's data prediction on b, x0 (B,C,H,W): one step of a student. Differentiable."""
@@ -246,6 +248,26 @@ def posterior(path, x0, x_t, t, r, z):
     return j.alpha * x0 + b * (x_t - k.alpha * x0) + (j.gamma ** 2 - (b * k.gamma) ** 2).clamp_min(0).sqrt() * z
 
 
+def ddim(problem, x0, b, r):
+    """The step from b.t to r (B,) along which the data prediction stays x0 (B,C,H,W) -> x_r (B,C,H,W):
+
+        x_r = alpha_r x0 + (s_r / s_t) (x_t - alpha_t x0)        (DDIM, arXiv:2010.02502, eq. 12)
+
+    where the networks see x1 for x - beta x1 in place of x. With x0 = X(x_t, t, r) it is a flow map's step."""
+    k, j = known(problem, b.t, b.x_t.ndim), known(problem, r, b.x_t.ndim)
+    given = (k.beta * b.x1, j.beta * b.x1) if problem.sees_x1 else (0, 0)
+    return j.alpha * x0 + j.s / k.s * (b.x_t - k.alpha * x0 - given[0]) + given[1]
+
+
+def leg_weight(problem, t, s, r):
+    """w (B,) with which the legs t -> s and s -> r make the step t -> r, all (B,), r <= s <= t: two DDIM steps with A
+    and B end where one with w A + (1 - w) B does. w = (rho_s - rho_t) / (rho_r - rho_t), rho = alpha / std; finite at
+    r = 0 and at t = 1, and 1 where s = r. It is a difference of near numbers: give float64."""
+    k, m, j = (known(problem, time) for time in (t, s, r))
+    w = j.s * (m.alpha * k.s - k.alpha * m.s) / (m.s * (j.alpha * k.s - k.alpha * j.s))
+    return torch.where(s == r, 1, w)
+
+
 def preconditioning(path, points=513):
     """EDM's c_in, c_skip, c_out of this path on a uniform grid of t, three lists of floats for a network's
     configuration.
@@ -282,6 +304,25 @@ def student_input(problem, net, times, b, draw):
     return b
 
 
+def follow_map(problem, net, b, grid, restart=0.0, noise=None):
+    """Steps of a flow map along these times, the last of them 0; b has x_t at the first -> x0 (B,C,H,W). With restart
+    g above 0 a step from t to r lands at (1 - g) r and fresh noise(i) (B,C,H,W) brings it back up to r: 0 is the ODE, 1
+    the sampler of consistency models (arXiv:2303.01469, algorithm 1)."""
+    for i, (t, r) in enumerate(zip(grid[:-1], grid[1:])):
+        t, up, down = (torch.full((len(b.x_t),), float(v), device=b.x_t.device) for v in (t, r, (1 - restart) * r))
+        b = b._replace(t=t, r=down)
+        x0 = problem.data(net, b)
+        if r == 0:
+            return x0
+        x = ddim(problem, x0, b, down)
+        if restart:
+            k, j = (known(problem, time, x.ndim) for time in (down, up))
+            shift = j.beta * b.x1 - j.alpha / k.alpha * k.beta * b.x1 if problem.sees_x1 else 0
+            fresh = (j.s ** 2 - (j.alpha / k.alpha * k.s) ** 2).clamp_min(0).sqrt() * noise(i)
+            x = j.alpha / k.alpha * x + shift + fresh
+        b = b._replace(x_t=x)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers: from t = 1 to t = 0 in N intervals
 
@@ -294,12 +335,13 @@ DIFFUSIONS = {  # w(t) of the reverse SDE; the marginals do not depend on it, th
 
 
 class Sampler(NamedTuple):
-    """How a teacher is sampled; steps and solver left empty are sample.py's choice."""
+    """How a teacher is sampled; steps and solver left empty are sample.py's choice. restart is for flow maps."""
     steps: Optional[int] = None
     solver: Optional[str] = None
     diffusion: str = "sigma"
     cfg_scale: float = 1.0
     cfg_interval: tuple = (0.0, 1.0)
+    restart: float = 0.0
 
 
 def time_grid(problem, steps, end=1e-3):

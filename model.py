@@ -1,9 +1,10 @@
 """SiT, the Scalable Interpolant Transformer (arXiv:2401.08740; blocks from DiT, arXiv:2212.09748), guidance, averages,
 and how a checkpoint becomes a network.
 
-net(x_t, t, y, x1) takes x_t (B,C,H,W), t (B,) in [0, 1] with t = 0 data, labels y (B,) or None, and x1 (B,C,H,W) where
-it was built to see the reference of a bridge, and returns (B,C,H,W) in the prediction units named by its checkpoint's
-configuration. State-dict names are those of the released SiT and DiT weights.
+net(x_t, t, y, x1, r) takes x_t (B,C,H,W), t (B,) in [0, 1] with t = 0 data, labels y (B,) or None, x1 (B,C,H,W) where
+it was built to see the reference of a bridge, and r (B,), the time that a flow map steps to, or None, and returns
+(B,C,H,W) in the prediction units named by its checkpoint's configuration. State-dict names are those of the released
+SiT and DiT weights.
 """
 import copy
 import math
@@ -134,12 +135,13 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """size: a key of SIZES. num_classes 0 is unconditional. time_scale multiplies t before its sinusoids. precondition
     is None or three lists, the network's c_in, c_skip and c_out on a uniform grid of t (interpolants.preconditioning).
-    reference_channels: channels of x1 that are joined to x_t; with 0 a given x1 is ignored. Released weights count
+    reference_channels: channels of x1 that are joined to x_t; with 0 a given x1 is ignored. second_time: a flow map's
+    network, told t - r as well, which nothing depends on before it is trained. Released weights count
     time otherwise: reverse_time gives -net(x, 1 - t), and timesteps are the times at which a discrete network was at
     step 0, 1, 2, ..."""
 
     def __init__(self, size="S", patch=2, image_size=32, channels=4, num_classes=1000, qk_norm=False, time_scale=1000.0,
-                 precondition=None, reference_channels=0, reverse_time=False, timesteps=None):
+                 precondition=None, reference_channels=0, reverse_time=False, timesteps=None, second_time=False):
         super().__init__()
         width, depth, heads = SIZES[size]
         for name, value, least in (("patch", patch, 1), ("image_size", image_size, 1), ("channels", channels, 1),
@@ -155,6 +157,7 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(channels + reference_channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
+        self.r_embedder = TimestepEmbedder(width) if second_time else None
         self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch) ** 2, width), requires_grad=False)
         self.blocks = nn.ModuleList([Block(width, heads, qk_norm) for _ in range(depth)])
         self.final_layer = FinalLayer(width, patch, channels)
@@ -175,6 +178,8 @@ class SiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
+        if self.r_embedder:  # zero: a flow map starts as its teacher
+            nn.init.zeros_(self.r_embedder.mlp[2].weight)
         # DiT starts labels at 0.02 as well; behind zero gates that hides the class for hundreds of iterations.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
         # Zero gates make every block the identity at first, and a zero last layer makes the first prediction 0.
@@ -183,8 +188,9 @@ class SiT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, x_t, t, y=None, x1=None, middle=False):
-        """middle: stop after half of the blocks and return their tokens (B,T,D), for a discriminator's head."""
+    def forward(self, x_t, t, y=None, x1=None, r=None, middle=False):
+        """r: None is 0 for a flow map, and all that others take. middle: stop after half of the blocks and return their
+        tokens (B,T,D), for a discriminator's head."""
         B, C, H, W = x_t.shape
         p = self.patch
         if y is None:
@@ -197,6 +203,8 @@ class SiT(nn.Module):
             x = torch.cat([x, x1], 1)  # (B,C+C,H,W)
         x = self.x_embedder(x) + self.pos_embed  # (B,T,D), T = (H/p)(W/p)
         c = self.t_embedder(self.clock(t)) + self.y_embedder(y)  # (B,D)
+        if self.r_embedder:
+            c = c + self.r_embedder(10 * (t if r is None else t - r))
         for block in self.blocks[:len(self.blocks) // 2] if middle else self.blocks:
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)  # (B,T,D)
@@ -284,6 +292,14 @@ LAYOUT = ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.embed
 def build_model(config):
     """config["network"] holds the arguments of SiT."""
     return SiT(**config["network"])
+
+
+def build_from(config, net):
+    """A network of this configuration in training that begins as `net`, which may lack the second time: a flow map does
+    not depend on it at first. In eval(): no dropout anywhere."""
+    new = build_model(config).to(net.pos_embed.device).eval()
+    new.load_state_dict({**new.state_dict(), **net.state_dict()})
+    return new
 
 
 def load_model(path, device="cpu"):

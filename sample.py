@@ -23,8 +23,8 @@ from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, rea
                            square_grid, stack_rows, to_device, to_uint8)
 from common.run import (Parser, UserError, check_writable, command, generator, number, one_of, progress,
                         start_processes, writing)
-from interpolants import (DIFFUSIONS, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, solve, start_at,
-                          student_input, time_grid)
+from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, follow_map,
+                          solve, start_at, student_input, time_grid)
 from model import guided, load_model
 
 
@@ -37,8 +37,17 @@ def problem_of(config):
     return Problem(path, config["prediction"], config.get("reference") is not None)
 
 
+def noise_levels(problem, config):
+    """The problem whose noise levels name times: whatever a bridge's gamma_scale."""
+    return problem._replace(path=FAMILIES[config["interpolant"]]) if problem.sees_x1 else problem
+
+
 def student_times(config):
     return config["student"].get("times") or [config["student"]["t_init"]]
+
+
+def is_flow_map(config):
+    return bool(config.get("student", {}).get("flow_map"))
 
 
 def load_named(flag, path, device):
@@ -58,13 +67,31 @@ def load_named(flag, path, device):
     return net, config
 
 
+def load_teacher(args, device):
+    """--teacher_ckpt -> its network, configuration and problem. Raises UserError where it is none, or where --model or
+    the guidance does not fit it."""
+    teacher, config = load_named("--teacher_ckpt", args.teacher_ckpt, device)
+    if "student" in config:
+        raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is a {'flow map' if is_flow_map(config) else 'student'}, "
+                        "give its teacher")
+    if args.model not in (None, config["model"]):
+        raise UserError(f"--model {args.model}: the teacher {args.teacher_ckpt} is a {config['model']}; leave --model "
+                        "out")
+    check_interval(args.cfg_interval)
+    for flag in ("cfg_scale", "critic_cfg_scale"):
+        if getattr(args, flag, 1) != 1 and teacher.num_classes == 0:
+            raise UserError(f"--{flag} {getattr(args, flag):g}: the teacher {args.teacher_ckpt} has no classes to "
+                            "guide with")
+    return teacher, config, problem_of(config)
+
+
 @torch.no_grad()
 def generate(net, config, labels, seed, indices, sampler=Sampler(), x1=None, decode=None):
     """Images number `indices` of the stream `seed` -> (n,H,W,C) uint8 array. labels (n,) int64 or None.
 
-    A student's configuration says so and holds its times, of which it takes sampler.steps (all); a teacher takes 50,
-    by euler, on bridges by the posterior. x1 (n,H,W,C) uint8: what a bridge starts from. decode: latents (n,c,h,w) ->
-    pixels, where the network makes latents."""
+    A student's configuration says so and holds its times, of which it takes sampler.steps (all); a flow map takes any
+    number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior. x1 (n,H,W,C)
+    uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents."""
     problem, device, side = problem_of(config), next(net.parameters()).device, config["network"]["image_size"]
     streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
 
@@ -74,7 +101,11 @@ def generate(net, config, labels, seed, indices, sampler=Sampler(), x1=None, dec
     y = None if labels is None or net.num_classes == 0 else torch.as_tensor(labels, device=device)
     noise = draw() if x1 is None or "student" in config else None
     b = Batch(x1=noise if x1 is None else to_device(x1, device), z=draw(), y=y)
-    if "student" in config:
+    if is_flow_map(config) and (sampler.steps or 1) > 1:
+        grid = time_grid(problem, sampler.steps)
+        grid = grid * student_times(config)[0] / grid[0]
+        x0 = follow_map(problem, net, start_at(problem, b, float(grid[0])), grid, sampler.restart, draw)
+    elif "student" in config:
         times = student_times(config)
         steps = sampler.steps or len(times)
         times = [times[i * len(times) // steps] for i in range(steps)]  # the first always among them
@@ -85,6 +116,12 @@ def generate(net, config, labels, seed, indices, sampler=Sampler(), x1=None, dec
         b = start_at(problem, b, float(time_grid(problem, sampler.steps)[0]))
         x0 = solve(problem, guided(net, sampler.cfg_scale, sampler.cfg_interval), b, sampler, draw)
     return to_uint8(decode(x0) if decode else x0)
+
+
+def first_noise(net, config, seed, indices):
+    """The noise that generate() makes these images of a teacher from, (n,C,H,W) on the CPU."""
+    shape = (net.channels, *[config["network"]["image_size"]] * 2)
+    return torch.stack([torch.randn(shape, generator=generator(seed, int(i), "image")) for i in indices])
 
 
 def choose_labels(spec, n, num_classes, seed=0):
@@ -113,8 +150,10 @@ def add_sampling_flags(parser, **defaults):
     add = parser.group("sampling a checkpoint")
     add("--n", "--samples", dest="n", type=number(int, 1), default=None, help="how many images; under torchrun write "
         "--samples, since torchrun takes --n for a flag of its own")
-    add("--steps", type=number(int, 1), default=None, help="network steps of a teacher (50), or fewer than a "
-        "student's own")
+    add("--steps", type=number(int, 1), default=None, help="network steps of a teacher (50) or a flow map (1), or "
+        "fewer than a student's own")
+    add("--restart", type=number(float, 0, 1), default=0.0, help="of a flow map's steps: 0 follows the ODE, 1 makes an "
+        "image at each step and noises it again")
     add("--solver", type=one_of(SOLVERS), default=None, help="/".join(SOLVERS) + "; steps are intervals for each "
         "(euler; posterior on bridges)")
     add("--diffusion", type=one_of(DIFFUSIONS), default="sigma", help="w(t) of --solver sde: " + "/".join(DIFFUSIONS))
@@ -139,9 +178,11 @@ def choose_sampler(args, net, config, name):
     """The sampling flags -> Sampler of the checkpoint `name`. Raises UserError where they do not fit it."""
     check_interval(args.cfg_interval)
     scale, solver = 1.0 if args.cfg_scale is None else args.cfg_scale, args.solver
+    if args.restart and not is_flow_map(config):
+        raise UserError(f"--restart {args.restart:g}: {name} is no flow map, leave it out")
     if "student" in config:
         most = len(student_times(config))
-        if args.steps is not None and args.steps > most:
+        if args.steps is not None and args.steps > most and not is_flow_map(config):
             raise UserError(f"--steps {args.steps}: {name} is a student of {most} step{'s' * (most > 1)}; take at "
                             "most that, or leave --steps out")
         if args.cfg_scale is not None or args.cfg_interval != [0.0, 1.0]:
@@ -150,7 +191,7 @@ def choose_sampler(args, net, config, name):
                             f"(scale {config['student']['cfg_scale']:g}), leave it out")
         if solver:
             raise UserError(f"--solver {solver}: {name} is a student, it has steps of its own; leave it out")
-        return Sampler(args.steps or most)
+        return Sampler(args.steps or most, restart=args.restart)
     if scale != 1 and net.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {name} has no classes to guide with")
     if config.get("reference") == "unpaired" and solver not in (None, "posterior"):
@@ -271,6 +312,8 @@ def parse_flags():
     add("--compare", nargs=2, metavar=("TEACHER", "STUDENT"), help="draw both side by side instead")
     add("--out", default="samples.png", help="FILE.png (a grid), FILE.npz (arr_0 images, arr_1 labels) or a FOLDER of "
         "PNGs")
+    add("--pairs", default=None, help="FILE.npz: a teacher's images as --out writes them, with the noise that they "
+        "were made from, for train_teacher.py --pairs")
     add_sampling_flags(parser, batch=100)
     add = parser.group("bridges")
     add("--reference", default=None, help="FILE, FOLDER or .npz of images that a bridge starts from")
@@ -280,6 +323,10 @@ def parse_flags():
     args = parser.parse_args()
     if bool(args.ckpt) == bool(args.compare):
         raise UserError("give either --ckpt FILE or --compare TEACHER STUDENT")
+    if args.pairs:
+        if args.compare or not args.pairs.lower().endswith(".npz"):
+            raise UserError(f"--pairs {args.pairs}: is for --ckpt TEACHER, choose a name ending in .npz")
+        args.out = args.pairs
     if args.compare and not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: --compare draws a picture, choose a name ending in .png")
     return args
@@ -292,6 +339,8 @@ def main():
     if args.compare:
         return compare(args, device) if rank == 0 else None
     net, config = load_named("--ckpt", args.ckpt, device)
+    if args.pairs and ("student" in config or config.get("reference") or config.get("latent")):
+        raise UserError(f"--pairs {args.pairs}: {args.ckpt} is no teacher that makes pixels from noise; leave it out")
     sampler, decode = choose_sampler(args, net, config, args.ckpt), decoder(args.vae, config, device)
     labels, x1, truth = read_starts(args, net, config)
     n, out = len(labels), pathlib.Path(args.out)
@@ -329,7 +378,9 @@ def main():
     if folder:
         save_file(out / "labels.txt", lambda f: f.write("".join(f"{label}\n" for label in labels).encode()))
     elif out.suffix.lower() == ".npz":
-        save_file(out, lambda f: np.savez(f, arr_0=images, arr_1=labels))
+        more = {} if not args.pairs else {"interpolant": config["interpolant"], "noise": first_noise(
+            net, config, args.seed, range(n)).half().numpy()}
+        save_file(out, lambda f: np.savez(f, arr_0=images, arr_1=labels, **more))
     elif x1 is None:
         save_picture(out, square_grid(images))
     else:  # rows of what went in, what came out and, where it is known, the truth

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common.autoencoder import cache_latents, check_autoencoder, load_autoencoder
-from common.data import Stream, load_images, load_reference
+from common.data import Stream, load_images, load_pairs, load_reference
 from common.files import load_checkpoint, save_checkpoint
 from common.images import DEGRADATIONS, save_picture, stack_rows
 from common.run import Parser, Run, UserError, add_run_flags, command, generator, number, one_of, put_in_training
@@ -43,6 +43,8 @@ def parse_flags():
     parser = Parser(__doc__)
     add = parser.group("data")
     add("--data", default="digits", help="digits, mnist, fashion_mnist, cifar10, a .npz file or a folder of images")
+    add("--pairs", default=None, help="FILE.npz of sample.py --pairs, in the place of --data: images and the noise "
+        "that a teacher made them from (ReFlow)")
     add("--data_dir", default="data", help="where downloads and decoded folders are kept")
     add("--image_size", type=number(int, 1), default=None, help="side in pixels (the data's own)")
     add("--skip_broken", action="store_true", help="leave out images of a folder that cannot be read")
@@ -76,6 +78,10 @@ def parse_flags():
 
 def check_flags(args):
     _, patch = parse_name(args.model)
+    if args.pairs and (args.interpolant == "bridge" or args.vae or args.image_size or args.unconditional):
+        raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --image_size, --vae, "
+                        "--unconditional and bridges out")
+    args.data = args.pairs or args.data
     if args.cache_latents and not (args.vae and args.image_size):
         raise UserError(f"--cache_latents {args.cache_latents}: needs --vae and --image_size, the side in pixels")
     if args.image_size and not args.vae and args.image_size % patch:
@@ -95,6 +101,8 @@ def check_flags(args):
 def open_data(args, run):
     """-> Images, Reference or None, and the autoencoder or None. The first process downloads, decodes or encodes; the
     others find the result."""
+    if args.pairs:
+        return *run.in_turn(lambda: load_pairs(args.pairs, args.interpolant)), None
     autoencoder, sha256 = load_autoencoder(args.vae, run.device) if args.vae else (None, None)
     if args.cache_latents:
         data = cache_latents(args, autoencoder, sha256, run)
@@ -148,8 +156,8 @@ def main():
     fingerprint = data.fingerprint()
     run.check_same("data", fingerprint, state and state.get("data"))
     problem = Problem(family(args.interpolant, args.gamma_scale), args.prediction or FAMILIES[args.interpolant].predict,
-                      reference is not None)
-    config, device = configure(args, problem, data, reference), run.device
+                      reference is not None and not args.pairs)
+    config, device = configure(args, problem, data, None if args.pairs else reference), run.device
 
     # The network, its average and its optimizer.
     torch.manual_seed(args.seed)
@@ -203,7 +211,7 @@ def draw_picture(path, net, config, seed, stream, autoencoder):
     """Ten rows of samples by 25 steps; on bridges rows of what goes in, what comes out, and the data."""
     data, classes = stream.data, stream.num_classes
     n = 10 * (classes if 0 < classes <= 10 else 10)
-    if stream.reference:
+    if "reference" in config:
         first = np.linspace(0, len(data.images) - 1, n).astype(np.int64)  # spread out: data may be sorted
         x1, y = stream.reference.rows(data.images, first, (seed, 0, "picture")), data.labels[first] if classes else None
         images = generate(net, config, y, seed, first, Sampler(25), x1)

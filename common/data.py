@@ -243,7 +243,7 @@ class Reference(NamedTuple):
         """x1 (b,H,W,C) uint8 for the images `chosen` (B,) of a whole batch, rows `part` of it: a function of the key
         (seed, step, job) and the row."""
         seed, step, job = key
-        if self.kind == "paired":
+        if self.kind in ("paired", "pairs"):
             return self.images[chosen[part]]
         if self.kind == "unpaired":
             g = generator(seed, step, job, "reference")
@@ -275,6 +275,26 @@ def load_reference(name, images, data_dir, say=print):
     if kind == "paired" and len(x1) != len(images):
         raise UserError(f"--reference {name}: {len(x1)} paired images for {len(images)} of the data")
     return Reference(kind, x1)
+
+
+def load_pairs(path, interpolant):
+    """--pairs FILE.npz (sample.py): images and the noise that the teacher made them from (ReFlow, arXiv:2209.03003) ->
+    Images, Reference."""
+    label = f"--pairs {path}"
+    images, labels = read_npz(path, "--pairs")
+    with reading(label), np.load(path, allow_pickle=False) as npz:
+        if not {"noise", "interpolant"} <= set(npz.files):
+            raise UserError(f"{label}: holds no noise beside its images; make it with sample.py --pairs")
+        noise, made_on = npz["noise"], str(npz["interpolant"])
+    if made_on != interpolant:
+        raise UserError(f"{label}: was made on the {made_on:.20} path; add --interpolant {made_on:.20}, or make it "
+                        "anew")
+    if noise.dtype not in (np.float16, np.float32) or noise.shape != tuple(images.shape[i] for i in (0, 3, 1, 2)):
+        raise UserError(f"{label}: {noise.dtype} noise of shape {noise.shape} for images of {images.shape}; make it "
+                        "anew")
+    classes = 0 if labels is None else int(labels.max()) + 1
+    labels = np.zeros(len(images), np.int64) if labels is None else labels.astype(np.int64)
+    return Images(images, labels, classes), Reference("pairs", noise)
 
 
 def open_data_of(args, run, config):

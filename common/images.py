@@ -129,8 +129,10 @@ def read_images(flag, path, side, channels):
 # Between uint8 and networks
 
 def to_device(images, device):
-    """(B,H,W,C) uint8 array or tensor -> (B,C,H,W) float32 in [-1, 1] on the device."""
+    """(B,H,W,C) uint8 array or tensor -> (B,C,H,W) float32 in [-1, 1] on the device; floats, (B,C,H,W), as they are."""
     x = images if torch.is_tensor(images) else torch.from_numpy(np.ascontiguousarray(images))
+    if x.is_floating_point():
+        return x.to(device, non_blocking=True).float()
     return x.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -11,6 +11,7 @@ import torch
 
 import distill
 import model
+import sample
 from common.files import load_checkpoint
 from fid import frechet
 from interpolants import Sampler
@@ -158,7 +159,7 @@ class Call(NamedTuple):
 def spied(script, mixture, tmp_path, monkeypatch):
     """spied(flags) -> the calls of teacher, student (G) and critic (psi) in one iteration of distill.py, in order."""
     def call(*flags, teacher="linear"):
-        nets, calls, names, forward, load = {}, [], iter(("G", "psi")), model.SiT.forward, distill.load_named
+        nets, calls, names, forward, load = {}, [], iter(("G", "psi")), model.SiT.forward, sample.load_named
 
         def remember(name, net):
             nets[id(net)] = name
@@ -168,12 +169,12 @@ def spied(script, mixture, tmp_path, monkeypatch):
             net, config = load(*args)
             return remember("teacher", net), config
 
-        def spy(self, x_t, t, y=None, x1=None, middle=False):
+        def spy(self, x_t, t, y=None, x1=None, r=None, middle=False):
             calls.append(Call(nets.get(id(self)), x_t.detach(), t, y, x1, torch.is_grad_enabled()))
-            return forward(self, x_t, t, y, x1, middle)
+            return forward(self, x_t, t, y, x1, r, middle)
         with monkeypatch.context() as patch:
-            patch.setattr(distill, "build_model", lambda config: remember(next(names), model.build_model(config)))
-            patch.setattr(distill, "load_named", load_named)
+            patch.setattr(distill, "build_from", lambda *given: remember(next(names), model.build_from(*given)))
+            patch.setattr(sample, "load_named", load_named)
             patch.setattr(model.SiT, "forward", spy)
             distilled(script, mixture, tmp_path, "--batch", 8, *flags, teacher=teacher, iters=1)
         last = max(i for i, c in enumerate(calls) if c.net == "psi" and c.trains)  # then pictures

@@ -1,0 +1,403 @@
+"""Distill a teacher into a flow map: a network with a second time that takes any step of the teacher's ODE in one call.
+
+    python flow_map.py --teacher_ckpt out/teacher.pt --out out/map                   # lagrange, on the teacher's data
+    python flow_map.py --teacher_ckpt out/teacher.pt --row freeflow --out out/map    # data-free
+    torchrun --nproc_per_node=8 flow_map.py --teacher_ckpt teacher.pt --row shortcut --data FOLDER --batch 256
+
+The network predicts data from two times, X(x_t, t, r); its step from t to r is DDIM's. The loss has two legs, t -> s
+-> r with s = t - lam (t - r), the first made by A, the second by B; a published method is a row of the table below, and
+docs/formula.md derives them. Architecture, interpolant, prediction, image size and classes come from the teacher.
+Writes OUT/flow_map.pt (everything: the same command again goes on from it), OUT/log.jsonl and OUT/flow_map_XXXXXXX.png
+(rows: what bridges start from; 1, 2 and 4 steps of the map; 50 of the teacher).
+"""
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.autoencoder import decoder
+from common.data import Stream, open_data_of
+from common.files import checksum, load_checkpoint, save_checkpoint
+from common.images import save_picture, stack_rows
+from common.run import Parser, Run, UserError, add_run_flags, command, generator, number, one_of, put_in_training
+from interpolants import (Batch, Sampler, convert, ddim, known, leg_weight, loss_weight, regression_loss,
+                          start_at, time_grid, time_of_noise_ratio)
+from model import build_from, ema_update, frozen_copy, guided, load_weights
+from sample import choose_labels, generate, load_teacher, noise_levels
+
+
+class Row(NamedTuple):
+    """A method. lam: where the legs meet: mu, 1-mu, random or a number; first, second: who makes them (LEGS); times:
+    which (t, r) are drawn (TIMES), with shares `borders` of t = 1 and of r = 0; diagonal: share of rows with r = t,
+    which learn the teacher's prediction; power: of the loss that it is divided by; tangent: finite legs, or jvp, their
+    limit mu -> 0; mu: the short leg's share of the step; solver_steps: of the solver's leg."""
+    lam: str
+    first: str
+    second: str
+    times: str = "triangle"
+    diagonal: float = 0.0
+    power: float = 0.0
+    tangent: str = "finite"
+    mu: float = 0.3
+    borders: float = 0.3
+    solver_steps: int = 8
+
+
+ROWS = {  # what a row sets, the flags of these names override
+    "lagrange": Row("1-mu", "student", "teacher"),  # AYF-LMD (arXiv:2506.14603)
+    "freeflow": Row("1-mu", "student", "teacher", "start"),  # FreeFlow's prediction (arXiv:2511.19428)
+    "euler": Row("mu", "teacher", "student"),  # MeanFlow's distillation (arXiv:2505.13447), AYF-EMD (arXiv:2506.14603)
+    "consistency": Row("mu", "teacher", "average", "end"),  # arXiv:2303.01469; sCD as mu -> 0 (arXiv:2410.11081)
+    "shortcut": Row("0.5", "average", "average", diagonal=0.25),  # arXiv:2410.12557; PSD (arXiv:2505.18825)
+    "split": Row("random", "average", "average", diagonal=0.25),  # SplitMeanFlow (arXiv:2507.16884)
+    "progressive": Row("0.5", "before", "before", "grid"),  # arXiv:2202.00512
+    "ctm": Row("random", "solver", "average"),  # CTM's trajectory term (arXiv:2310.02279)
+    "direct": Row("1", "solver", "student", "ends"),  # knowledge distillation (arXiv:2101.02388)
+    "meanflow": Row("mu", "data", "student", "lognormal", 0.75, 1.0, "jvp"),  # from data alone (arXiv:2505.13447)
+}
+LEGS = ("teacher", "student", "average", "before", "solver", "data")
+TIMES = ("triangle", "start", "end", "ends", "grid", "lognormal")
+DATA_FREE = ("start", "ends")  # all of their steps begin at t = 1, which knows nothing of the data
+
+
+class Legs(NamedTuple):
+    """Functions of a Batch -> (B,C,H,W): the data predictions of both legs from b.t to b.r and the teacher's at b.t,
+    and the trained network's own output, for its derivative."""
+    first: Callable
+    second: Callable
+    teacher: Callable
+    output: Callable
+
+
+class Trip(NamedTuple):
+    """Rows of a batch that go from b.t over s to b.r, all (B,), w (B,) of the legs, which of them stay (r = t; on the
+    host), and the share of the tangent in the jvp's target."""
+    b: Batch
+    s: torch.Tensor
+    w: torch.Tensor
+    stay: torch.Tensor
+    share: float = 1.0
+
+    def rows(self, part):
+        return Trip(self.b.rows(part), self.s[part], self.w[part], self.stay[part], self.share)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+@torch.no_grad()
+def trajectory_target(problem, row, legs, trip, X):
+    """X + (w A + (1 - w) B - X) / k (B,C,H,W), what X(x_t, t, r) (B,C,H,W) is drawn to: the one step t -> r that ends
+    where A's leg t -> s and then B's s -> r do. k is mu where one leg is that short, so that the loss does not fall
+    with it, else 1."""
+    b, s, w = trip.b, trip.s, trip.w.reshape(-1, *[1] * (X.ndim - 1))
+    target = A = legs.first(b._replace(r=s))
+    if row.lam != "1":
+        B = legs.second(b._replace(x_t=ddim(problem, A, b, s), t=s))
+        target = w * A + (1 - w) * B
+    return X + (target - X) / (row.mu if "mu" in row.lam else 1)
+
+
+@torch.no_grad()
+def tangent_target(problem, row, legs, trip, X):
+    """The same as mu -> 0. With rho = alpha / s the ODE is d(x/s) = X* d rho, so that X is drawn to X + R,
+
+        euler:     R = omega_t (X* - X) - (t - r) dX/dt along the ODE        with X* at x_t
+        lagrange:  R = omega_r (X* - X) + (t - r) dX/dr                      with X* at f(x_t, t, r)
+
+    omega_u = -(t - r) rho'_u / (rho_r - rho_t), 1 at r = t. omega_r has no bound at r = 0: that R is divided by it
+    where it is above 1. R is normalised as sCM's tangent (arXiv:2410.11081, section 4.2), but not from data, where X*
+    is x0 and the ODE's velocity I': only R's mean is right there."""
+    b, euler = trip.b, row.lam == "mu"
+    at = b if euler else b._replace(x_t=ddim(problem, X, b, b.r), t=b.r)
+    star = (legs.first if euler else legs.second)(at)
+    k, j = (known(problem, time.double(), X.ndim) for time in (b.t, b.r))
+    m, span = (k if euler else j), (b.t - b.r).reshape(-1, *[1] * (X.ndim - 1))
+    omega = span * (m.alpha * m.ds - m.dalpha * m.s) * j.s * k.s / (j.alpha * k.s - k.alpha * j.s) / m.s ** 2
+    omega = torch.where(span == 0, 1, omega).float()
+
+    one, zero = torch.ones_like(b.t), torch.zeros_like(b.t)
+    v = convert(problem._replace(prediction="data"), star, "velocity", b) if euler else torch.zeros_like(X)
+    step = (v, one, zero) if euler else (v, zero, one)  # of x_t, t and r
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(X.device.type, enabled=False):  # the one with such a derivative
+        out, slope = torch.func.jvp(lambda x_t, t, r: legs.output(b._replace(x_t=x_t, t=t, r=r)),
+                                    (b.x_t, b.t, b.r), step)
+
+    def X_at(h):  # the conversion to data is smooth: for it differences in float64 do
+        x_t, t = b.x_t + h * step[0].double(), b.t + h * step[1].double()
+        return convert(problem, out + h * slope.double(), "data", b._replace(x_t=x_t, t=t))
+    dX = ((X_at(1e-4) - X_at(-1e-4)) / 2e-4).float()
+    R = omega * (star - X) + trip.share * (-span if euler else span) * dX
+    if row.first == "data":
+        return X + R
+    R = R if euler else R / omega.clamp_min(1)
+    return X + R / (R.flatten(1).square().mean(1).sqrt().reshape(span.shape) + 0.1)
+
+
+def map_loss(problem, row, legs, net, trip):
+    """The trajectory loss of net on these rows, (B,): w(t) |out - convert(X_tgt)|^2 / stopgrad(. + 1e-3)^power, with
+    the teacher's prediction as X_tgt where r = t."""
+    b, stay = trip.b, trip.stay.nonzero()[:, 0]
+    out = problem.call(net, b)  # (B,C,H,W)
+    X = convert(problem, out.detach().float(), "data", b)
+    X_tgt = (tangent_target if row.tangent == "jvp" else trajectory_target)(problem, row, legs, trip, X)
+    if len(stay) and row.first != "data":
+        X_tgt[stay] = legs.teacher(b.rows(stay)).detach().float()
+    wanted = convert(problem._replace(prediction="data"), X_tgt, problem.prediction, b)
+    loss = (loss_weight(problem, b.t, out.ndim) * (out.float() - wanted) ** 2).flatten(1).mean(1)
+    return loss / (loss.detach() + 1e-3) ** row.power
+
+
+def make_legs(problem, row, v_star, net, average, before=None):
+    """The row's legs, made by the guided teacher, the student, its average or the stage before (at first the
+    teacher)."""
+    def own(net):
+        return lambda b: problem.data(net, b)
+
+    def teacher(b):
+        return problem.data(v_star, b._replace(r=None))
+    makers = {"teacher": teacher, "student": own(net), "average": own(average), "data": lambda b: b.x0,
+              "before": own(before) if before else teacher,
+              "solver": lambda b: solve_leg(problem, v_star, b, row.solver_steps)}
+    return Legs(makers[row.first], makers[row.second], teacher, lambda b: problem.call(net.forward, b))
+
+
+def solve_leg(problem, net, b, n):
+    """The teacher's leg by n steps of DDIM from b.t to b.r, as the one data prediction that makes it, (B,C,H,W)."""
+    x, far = b, b.r
+    for i in range(n):
+        r = b.t + (far - b.t) * (i + 1) / n
+        x0 = problem.data(net, x._replace(r=None))
+        x = x._replace(x_t=ddim(problem, x0, x, r), t=r)
+    k, j = (known(problem, time, b.x_t.ndim) for time in (b.t, far))
+    given = (k.beta * b.x1, j.beta * b.x1) if problem.sees_x1 else (0, 0)
+    found = (x.x_t - given[1] - j.s / k.s * (b.x_t - given[0])) / (j.alpha - k.alpha * j.s / k.s)
+    return torch.where((b.t == far).reshape(k.s.shape), x0, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loss is taken on
+
+def draw_times(row, n, span, g):
+    """t in [low, high] = span and r in [0, t], (n,) float64 on the host."""
+    low, high = span
+    u, v, to_high, to_zero = torch.rand(4, n, generator=g, dtype=torch.float64)
+    if row.times == "lognormal":  # MeanFlow's pairs (arXiv:2505.13447, table 1d)
+        pair = high * (torch.randn(2, n, generator=g, dtype=torch.float64) - 0.4).sigmoid()
+        return pair.amax(0).clamp_min(low), pair.amin(0)
+    t = torch.where(to_high < (1 if row.times in DATA_FREE else row.borders), high, low + (high - low) * u)
+    return t, torch.where(to_zero < (1 if row.times in ("end", "ends") else row.borders), 0, t * v)
+
+
+def draw_trip(problem, row, stream, b, step, intervals=1):
+    """Rows b (x1, z, y and, unless they start at t = 1, x0) with their times, as functions of (seed, step, row of the
+    whole batch) -> Trip. intervals: of the grid that progressive distillation has come to."""
+    n, g = stream.batch, generator(stream.seed, step, "times")
+    t, r = draw_times(row, n, stream.times, g)
+    lam, i = torch.rand(n, generator=g, dtype=torch.float64), torch.arange(n)
+    if row.times == "grid":
+        i = (t / stream.times[1] * intervals).ceil().clamp_min(1)
+        t, r = stream.times[1] * i / intervals, stream.times[1] * (i - 1) / intervals
+    stay = ((torch.arange(n) + 1) * row.diagonal).floor() > (torch.arange(n) * row.diagonal).floor()
+    r = torch.where(stay, t, r)
+    lam = lam if row.lam == "random" else {"mu": row.mu, "1-mu": 1 - row.mu}.get(row.lam) or float(row.lam)
+    s = t - lam * (t - r)
+    t, s, r, w = (v[stream.part].float().to(stream.device) for v in (t, s, r, leg_weight(problem, t, s, r)))
+    b = start_at(problem, b, stream.times[1]) if b.x0 is None else problem.noised(b._replace(t=t))[0]
+    return Trip(b._replace(r=r), s, w, stay[stream.part])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+def parse_flags():
+    parser = Parser(__doc__)
+    add = parser.group("teacher")
+    add("--teacher_ckpt", default="out/teacher.pt", help="the teacher's checkpoint")
+    add("--model", default=None, help="if given, must be the teacher's network, such as SiT-XL/2")
+    add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = "
+        "unconditional")
+    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
+        "at which the teacher is guided")
+    add = parser.group("the trajectory loss")
+    add("--row", type=one_of(ROWS), default="lagrange", help=", ".join(ROWS) + ": a row of the flags up to --mu")
+    add("--lam", default=None, help="where the two legs t -> s -> r meet, s = t - lam (t - r): mu, 1-mu, random, or a "
+        "number in (0, 1] (the row's)")
+    add("--first", type=one_of(LEGS), default=None, help="who makes the first leg: " + ", ".join(LEGS) + " (the "
+        "row's)")
+    add("--second", type=one_of(LEGS), default=None, help="who makes the second leg (the row's)")
+    add("--times", type=one_of(TIMES), default=None, help=", ".join(TIMES) + " (the row's); start and ends need no "
+        "data")
+    add("--diagonal", type=number(float, 0, 1), default=None, help="share of rows with r = t, which learn the "
+        "teacher's prediction (the row's)")
+    add("--power", type=number(float, 0), default=None, help="p of loss / stopgrad(loss + 0.001)^p (the row's)")
+    add("--tangent", type=one_of(("finite", "jvp")), default=None, help="finite legs, or jvp: their limit mu -> 0 by "
+        "forward-mode derivatives (the row's)")
+    add("--mu", type=number(float, 0, 1, open_low=True), default=None, help="the short leg's share of a step, in "
+        "(0, 1) (the row's)")
+    add("--borders", type=number(float, 0, 1), default=None, help="share of steps from t = 1, and share of steps to "
+        "r = 0 (the row's)")
+    add("--tangent_warmup", type=number(int, 0), default=0, help="iterations over which the derivative's share of a "
+        "jvp's target rises to 1")
+    add("--anchor", type=number(float, 0), default=0.0, help="weight of the flow-matching loss on data at r = t (FACM)")
+    add("--solver_steps", type=number(int, 1), default=None, help="steps of the solver's leg (the row's)")
+    add("--grid", type=number(int, 1), default=64, help="progressive distillation: steps of its first student, a power "
+        "of two")
+    add("--stage_iters", type=number(int, 1), default=200, help="progressive distillation: iterations of a stage, "
+        "after which the steps are half as many")
+    add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help="smallest time t (s/alpha = 0.02)")
+    add("--t_max", type=number(float, 0, 1, open_low=True), default=None, help="largest time, where the map starts (1; "
+        "0.999 on bridges and where a prediction says nothing of the data at 1)")
+    add("--ema", type=number(float, 0, 1), default=0.98, help="decay of the map's average")
+    add = parser.group("data")
+    add("--data", default=None, help="images to noise, as in train_teacher.py (the teacher's, for rows that need them)")
+    add("--data_dir", default="data", help="where downloads and decoded folders are kept")
+    add("--vae", default=None, help="autoencoder that decodes the latents for pictures")
+    add("--reference", default=None, help="what a bridge starts from (its teacher's)")
+    add_run_flags(parser, iters=600, lr=1e-3, warmup=0, decay_from=100, log_every=10, sample_every=200)
+    args, defaults = parser.parse_args(), vars(parser.parse_args([]))
+    for knob, value in ROWS[args.row]._asdict().items():
+        if getattr(args, knob) is None:
+            setattr(args, knob, value)
+    return args, defaults
+
+
+def check_row(args):
+    """The flags' Row. Raises UserError where they do not make one."""
+    row = Row(*(getattr(args, knob) for knob in Row._fields))
+    try:
+        fits = row.lam in ("mu", "1-mu", "random") or 0 < float(row.lam) <= 1
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UserError(f"--lam {row.lam}: give mu, 1-mu, random or a number in (0, 1]")
+    if row.mu == 1:
+        raise UserError("--mu 1: must be below 1")
+    own = {"mu": row.first in ("teacher", "data") and row.second in ("student", "average"),
+           "1-mu": row.first == "student" and row.second == "teacher"}
+    if row.tangent == "jvp" and not own.get(row.lam):
+        raise UserError(f"--tangent jvp: --row {args.row} has no such limit, only euler, lagrange, meanflow and their "
+                        "like do; leave it out")
+    if "data" in row[1:3] and row.tangent != "jvp":
+        raise UserError(f"--first {row.first}: a finite leg from data is biased; add --tangent jvp")
+    if "data" in row[1:3] and row.times in DATA_FREE or args.anchor and row.times in DATA_FREE:
+        raise UserError(f"--times {row.times}: its steps know no data, which --first data and --anchor need; choose "
+                        "triangle")
+    if args.grid & (args.grid - 1):
+        raise UserError(f"--grid {args.grid}: must be a power of two")
+    return row
+
+
+def main():
+    args, defaults = parse_flags()
+    row = check_row(args)
+    run = Run(args, defaults, "flow_map")
+    device = run.device
+    teacher, config, problem = load_teacher(args, device)
+    kind, side, latest = config.get("reference"), config["network"]["image_size"], float(time_grid(problem, 1)[0])
+    if kind == "unpaired":
+        raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: an unpaired bridge knows no velocity, so there is no ODE "
+                        "to follow; use distill.py --units data")
+    args.t_max = args.t_max or latest
+    args.t_min = args.t_min or time_of_noise_ratio(noise_levels(problem, config), 0.02)
+    if args.t_max > latest:
+        raise UserError(f"--t_max {args.t_max:g}: on this path networks end at {latest:g}; give at most that")
+    if args.t_min >= args.t_max:
+        raise UserError(f"--t_min {args.t_min:g}: must be below --t_max {args.t_max:g}")
+    free = row.times in DATA_FREE and not kind
+    if free and args.data:
+        raise UserError(f"--data {args.data}: --row {args.row} is data-free, nothing uses it; leave it out")
+    args.data = args.data or (None if free else config["data"])
+    args.reference = args.reference or config.get("reference_source")
+    state = run.resume("flow_map.pt", lambda path: load_checkpoint(path, mapped=True), ("model", "ema", "before"))
+    data, reference = open_data_of(args, run, config)
+    made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint()}
+    for flag, key in (("teacher_ckpt", "teacher"), ("data", "data")):
+        run.check_same(flag, made_with[key], state and state.get(key))
+    decode = decoder(args.vae, config, device, needed=False)
+
+    torch.manual_seed(args.seed)
+    mapped = {**config, "network": {**config["network"], "second_time": True}}
+    net = build_from(mapped, teacher)
+    mapped["student"] = {"times": [args.t_max], "t_init": args.t_max, "steps": 1, "cfg_scale": args.cfg_scale,
+                         "cfg_interval": args.cfg_interval, "flow_map": args.row}
+    for one in (teacher, net):
+        one.grad_checkpoint = args.grad_checkpoint
+        if args.compile:
+            one.compile()
+    average, before = frozen_copy(net), frozen_copy(net)
+    X, step = put_in_training(net, torch.optim.Adam, args.lr, args, betas=(0.9, 0.99)), 0
+    v_star = guided(teacher, args.cfg_scale, args.cfg_interval)
+    if state:
+        for one, key in ((net, "model"), (average, "ema"), (before, "before")):
+            load_weights(one, state[key], run.out / "flow_map.pt")
+        X.load_moments(state["optimizer"], run.out / "flow_map.pt")
+        step, state = state["step"], None  # what was read is let go of
+    stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
+                    (args.t_min, args.t_max), data, reference)
+    run.begin(step)
+    run.say(f"{args.row}{', data-free' * free}: {config['model']}, {config['interpolant']} path, {problem.prediction} "
+            f"prediction, {teacher.num_classes} classes; {device}" + f" x {run.world}" * (run.world > 1))
+
+    def save(step):
+        moments = X.moments()
+        if run.rank == 0:
+            save_checkpoint(run.out / "flow_map.pt", {
+                "config": mapped, "flags": vars(args), "step": step, **made_with, "model": net.state_dict(),
+                "ema": average.state_dict(), "before": before.state_dict(), "optimizer": moments})
+
+    panels = {}
+
+    def picture(step):
+        if run.rank == 0:
+            path = run.out / f"flow_map_{step:07d}.png"
+            draw_picture(path, (average, mapped), (teacher, config), stream, decode, panels)
+
+    batches = None if data is None else stream.epochs(step)
+    while step < args.iters:
+        stage = step // args.stage_iters
+        if row.first == "before" and step and step % args.stage_iters == 0:
+            before.load_state_dict(average.state_dict())
+        legs = make_legs(problem, row, v_star, net, average, before if stage else None)
+        b = stream.draw(step, "map")
+        if batches:
+            images = next(batches)
+            x0 = None if row.times in DATA_FREE else images.x0
+            b = b._replace(x0=x0, y=images.y, x1=images.x1 if kind else b.x1)
+        trip = draw_trip(problem, row, stream, b, step, max(1, args.grid >> stage))
+        trip = trip._replace(share=min(1, (step + 1) / max(1, args.tangent_warmup)))
+        for rows in run.pieces(X):
+            part = trip.rows(rows)
+            loss = total = map_loss(problem, row, legs, X.wrapped, part).mean()
+            if args.anchor:
+                anchor = regression_loss(problem, X.wrapped, part.b._replace(r=part.b.t)).mean()
+                total = loss + args.anchor * anchor
+                run.add(anchor=anchor)
+            (total / args.accum).backward()
+            run.add(loss=loss)
+        run.descend(step, grad_norm=X)
+        step += 1
+        ema_update(average, net, args.ema, step)
+        run.report(step, save, picture)
+    run.say(f"wrote {run.out / 'flow_map.pt'}")
+
+
+def draw_picture(path, flow_map, teacher, stream, decode, panels):
+    """Twenty samples a row: what bridges start from, 1, 2 and 4 steps of the map, 50 of its teacher, which panels
+    keeps."""
+    (net, config), (v_star, settings), n = flow_map, teacher, 20
+    x1, y = None, choose_labels("balanced", n, stream.num_classes)
+    if stream.reference:
+        first = np.linspace(0, len(stream.data.images) - 1, n).astype(np.int64)  # spread out: data may be sorted
+        x1, y = stream.reference.rows(stream.data.images, first, (stream.seed, 0, "picture")), stream.data.labels[first]
+
+    if "teacher" not in panels:
+        how = Sampler(50, cfg_scale=config["student"]["cfg_scale"], cfg_interval=config["student"]["cfg_interval"])
+        panels["teacher"] = generate(v_star, settings, y, stream.seed, range(n), how, x1, decode)
+    steps = [generate(net, config, y, stream.seed, range(n), Sampler(k), x1, decode) for k in (1, 2, 4)]
+    save_picture(path, stack_rows([*[x1] * (x1 is not None), *steps, panels["teacher"]]))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,275 @@
+"""Flow maps: the two legs in closed form on a mixture in the plane, and what flow_map.py learns."""
+import copy
+
+import pytest
+import torch
+
+
+from common.data import Stream
+from flow_map import ROWS, Legs, Trip, draw_trip, make_legs, map_loss, tangent_target, trajectory_target
+from interpolants import (FAMILIES, Batch, Problem, convert, ddim, follow_map, leg_weight, loss_weight, student_input,
+                          time_of_noise_ratio)
+from model import ema_update
+
+MEANS = torch.tensor([[1.0, 1.0], [-1.2, 0.8], [-0.8, -1.0], [1.1, -0.9]], dtype=torch.float64)
+STDS = torch.tensor([0.15, 0.3, 0.2, 0.4], dtype=torch.float64)
+PATHS = ["linear", "vp", "gvp", "ve", "bridge"]
+
+
+def prediction(x, sigma):
+    """E[x0 | x] and E[eps | x] (B,2) of x = x0 + sigma eps (B,2), sigma (B,1): every path but for a scale."""
+    means, stds = MEANS.to(x), STDS.to(x)
+    variance, rest = stds ** 2 + sigma ** 2, x[:, None] - means  # (B,K), (B,K,2)
+    share = (-0.5 * rest.square().sum(2) / variance - variance.log()).softmax(1)[..., None]
+    inside = means + (stds ** 2 / variance)[..., None] * rest
+    return (share * inside).sum(1), (share * rest * (sigma / variance)[..., None]).sum(1)
+
+
+def scaled(problem, b, t):
+    """alpha, s (B,1) and [beta x1] (B,2) at t: the path's own functions, which have derivatives of every kind."""
+    alpha, beta, gamma = (f(t)[:, None] for f in problem.path[:3])
+    return (alpha, gamma, beta * b.x1.flatten(1)) if problem.sees_x1 else (alpha, beta, 0)
+
+
+def teacher(problem, b):
+    """The mixture's exact data prediction on b (B,2,1,1)."""
+    alpha, s, given = scaled(problem, b, b.t)
+    return prediction((b.x_t.flatten(1) - given) / alpha, s / alpha)[0][..., None, None]
+
+
+def exact_step(problem, b, n=48):
+    """f(x_t, t, r) of the ODE dx = eps d sigma, by RK4; b has t, r, x_t."""
+    (alpha, s, given), (alpha_r, s_r, given_r) = (scaled(problem, b, t) for t in (b.t, b.r))
+    x, begin, end = (b.x_t.flatten(1) - given) / alpha, s / alpha, s_r / alpha_r
+    for i in range(n):
+        u, v = (end + (begin - end) * (1 - k / n) ** 2 for k in (i, i + 1))
+        h, k1 = v - u, prediction(x, u)[1]
+        k2 = prediction(x + h / 2 * k1, u + h / 2)[1]
+        k3 = prediction(x + h / 2 * k2, u + h / 2)[1]
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + prediction(x + h * k3, v)[1])
+    return (alpha_r * x + given_r)[..., None, None]
+
+
+def exact_map(problem, b, n=48):
+    """X(x_t, t, r) (B,2,1,1): exact_step as DDIM's data prediction, the posterior mean where r = t."""
+    (alpha, s, given), (alpha_r, s_r, given_r) = (scaled(problem, b, t) for t in (b.t, b.r))
+    moved = exact_step(problem, b, n).flatten(1) - given_r - s_r / s * (b.x_t.flatten(1) - given)
+    same = (b.t == b.r)[:, None]
+    X = torch.where(same, teacher(problem, b).flatten(1), moved / torch.where(same, 1, alpha_r - alpha * s_r / s))
+    return X[..., None, None]
+
+
+def setting(path, n=24, to_zero=0.25, dtype=torch.float64):
+    """-> the problem (data prediction) and rows of its path with steps t -> r, a quarter of them to r = 0."""
+    problem, g = Problem(FAMILIES[path], "data", path == "bridge"), torch.Generator().manual_seed(0)
+    low, high = (time_of_noise_ratio(problem, ratio) for ratio in (0.2, 5.0))
+    k = torch.randint(4, (n,), generator=g)
+    x0, x1, z = torch.randn(3, n, 2, 1, 1, generator=g, dtype=dtype)
+    x0 = MEANS[k][..., None, None].to(dtype) + STDS[k].reshape(-1, 1, 1, 1).to(dtype) * x0
+    t = torch.linspace(low, high, n, dtype=dtype)
+    r = t * torch.rand(n, generator=g, dtype=dtype) * 0.8
+    r[:int(to_zero * n)] = 0
+    b, _ = problem.noised(Batch(x0, x1, z, t))
+    return problem, b._replace(r=r)
+
+
+def trip_of(problem, row, b, lam=None):
+    lam = {"mu": row.mu, "1-mu": 1 - row.mu, "random": 0.37}.get(row.lam) or float(row.lam)
+    s = b.t - lam * (b.t - b.r)
+    return Trip(b, s, leg_weight(problem, b.t, s, b.r), b.t == b.r)
+
+
+def legs_of(problem, row, X):
+    """Exact ones for what is trained or solved; the teacher's is its prediction."""
+    own = {"teacher": lambda b: teacher(problem, b), "data": lambda b: b.x0, "solver": lambda b: exact_map(problem, b)}
+    return Legs(own.get(row.first, X), own.get(row.second, X), own["teacher"], X)
+
+
+FINITE = sorted(set(ROWS) - {"meanflow"})
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", FINITE)
+def test_the_exact_map_is_the_fixed_point(name, path):
+    """The residual k (X_tgt - X) is nothing for exact legs, of order mu where a leg is the teacher's prediction, and it
+    is something when X is perturbed."""
+    problem, b = setting(path)
+    sizes = {}
+    for mu in (0.02, 0.01):
+        row = ROWS[name]._replace(mu=mu)
+        short = mu if "mu" in row.lam else 1
+        for wrong in (0, 0.1):
+            def X(b):
+                return exact_map(problem, b) + wrong * torch.sin(3 * b.x_t + 2 * b.r.reshape(-1, 1, 1, 1))
+            trip, now = trip_of(problem, row, b), X(b)
+            target = trajectory_target(problem, row, legs_of(problem, row, X), trip, now)
+            sizes[mu, wrong] = float((short * (target - now)).square().mean().sqrt())
+    if "teacher" in ROWS[name][1:3]:
+        assert sizes[0.02, 0] < 0.05 and 1.6 < sizes[0.02, 0] / sizes[0.01, 0] < 4.4
+    else:
+        assert sizes[0.02, 0] < 1e-5
+    assert sizes[0.01, 0.1] > 3 * sizes[0.01, 0] + 1e-4, sizes
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_flow_is_a_flow(path):
+    """f(f(x,t,s),s,r) = f(x,t,r) as the leg weight says; d_r f = v(f, r); d/dt of f along the ODE is 0."""
+    problem, b = setting(path, to_zero=0)
+    s = 0.4 * b.t + 0.6 * b.r
+    A = exact_map(problem, b._replace(r=s))
+    x_s = ddim(problem, A, b, s)
+    torch.testing.assert_close(x_s, exact_step(problem, b._replace(r=s)), rtol=1e-7, atol=1e-7)
+    B = exact_map(problem, b._replace(x_t=x_s, t=s))
+    w = leg_weight(problem, b.t, s, b.r).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(w * A + (1 - w) * B, exact_map(problem, b), rtol=1e-5, atol=1e-5)
+    h = 1e-5
+    ahead, behind = (exact_step(problem, b._replace(r=b.r + d)) for d in (h, -h))
+    f = exact_step(problem, b)
+    at = b._replace(x_t=f, t=b.r)
+    v = convert(problem, teacher(problem, at), "velocity", at)
+    assert float(((ahead - behind) / (2 * h) - v).abs().max() / v.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_leg_weights_are_finite_and_those_of_two_steps(path):
+    """Two DDIM steps with A and B end where one with w A + (1 - w) B does, at r = 0 and t = 1, too."""
+    problem, b = setting(path)
+    one = 1 - 1e-3 * problem.sees_x1
+    t = torch.tensor([one, one, 0.7, 0.7, 0.7], dtype=torch.float64)
+    s = torch.tensor([0.5, 0.5, 0.3, 0.7, 0.2], dtype=torch.float64)
+    r = torch.tensor([0.0, 0.2, 0.0, 0.1, 0.2], dtype=torch.float64)
+    w, (A, B) = leg_weight(problem, t, s, r), torch.randn(2, 5, 2, 1, 1, dtype=torch.float64)
+    b = b.rows(slice(5))._replace(t=t)
+    assert w.isfinite().all() and float(w[4]) == 1 and float(w[3].abs()) < 1e-12
+    two = ddim(problem, B, b._replace(x_t=ddim(problem, A, b, s), t=s), r)
+    w = w.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(ddim(problem, w * A + (1 - w) * B, b, r), two, rtol=1e-10, atol=1e-10)
+
+
+def test_on_the_linear_path_it_is_the_average_velocity():
+    problem, b = setting("linear")
+    X = exact_map(problem, b)
+    F = (b.x_t - X) / b.t.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(ddim(problem, X, b, b.r), b.x_t + (b.r - b.t).reshape(-1, 1, 1, 1) * F)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["euler", "lagrange", "meanflow"])
+def test_tangents_are_the_limit_of_finite_legs(name, path):
+    """On any X, not on the exact map alone, with its derivative by differences in place of the network's."""
+    problem, b = setting(path, to_zero=0.0)
+    row = ROWS[name]._replace(tangent="jvp")
+
+    def X(b):
+        t, r = (v.reshape(-1, 1, 1, 1) for v in (b.t, b.r))
+        return torch.sin(b.x_t + 2 * t - r * b.x_t) + r
+    legs, now = legs_of(problem, row, X), X(b)
+    trip = trip_of(problem, row, b)
+    R = tangent_target(problem, row, legs, trip, now) - now
+    found = []
+    for mu in (2e-4, 1e-4):
+        near = row._replace(mu=mu, lam={"euler": "mu", "meanflow": "mu", "lagrange": "1-mu"}[name])
+        found.append(trajectory_target(problem, near, legs, trip_of(problem, near, b), now) - now)
+    limit = 2 * found[1] - found[0]
+    if name != "meanflow":  # normalised, and for lagrange divided by what has no bound
+        limit, R = (v / v.square().mean((1, 2, 3), keepdim=True).sqrt() for v in (limit, R))
+    torch.testing.assert_close(R, limit, rtol=2e-3, atol=2e-3)
+
+
+def test_the_teachers_data_leave_the_map_where_it_is():
+    """From data the target's mean is right at the exact map, within its error; without the stop-gradient it is not."""
+    n, (problem, _) = 4000, setting("linear")
+    _, b = setting("linear", n, 0.0)
+    row, h = ROWS["meanflow"], 1e-3
+
+    def residual(wrong):
+        def X(b):
+            return exact_map(problem, b, 16) + wrong * b.x_t
+        return tangent_target(problem, row, legs_of(problem, row, X), trip_of(problem, row, b), X(b)) - X(b)
+    at, ahead, behind = residual(0), residual(h), residual(-h)
+    pull = (at * b.x_t).flatten(1).mean(1)  # of the loss' derivative in `wrong`, with the stop-gradient
+    assert abs(pull.mean()) < 3 * pull.std() / n ** 0.5
+    whole = ((ahead ** 2).flatten(1).mean(1) - (behind ** 2).flatten(1).mean(1)) / (2 * h)
+    assert abs(whole.mean()) > 5 * whole.std() / n ** 0.5
+
+
+def test_restart_1_is_the_students_renoising():
+    problem, b = setting("linear")
+    net = lambda x_t, t, y=None, r=None: torch.tanh(x_t + t.reshape(-1, 1, 1, 1))  # noqa: E731
+    noise = torch.randn(2, *b.x_t.shape, dtype=torch.float64)
+    grid = [1.0, 0.6, 0.3, 0.0]
+    start = b._replace(t=torch.ones_like(b.t), x_t=b.x1, r=None)
+    again = student_input(problem, net, grid[:-1], b._replace(r=None), lambda i: (noise[i - 1], None))
+    torch.testing.assert_close(follow_map(problem, net, start, grid, 1.0, lambda i: noise[i]), problem.data(net, again))
+
+
+class Small(torch.nn.Module):
+    """The teacher's prediction on the linear path, and a network of (x_t, t, t - r) on top that is zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64),
+                                       torch.nn.SiLU(), torch.nn.Linear(64, 2))
+        torch.nn.init.zeros_(self.net[-1].weight)
+        torch.nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x_t, t, y=None, r=None):
+        x, time = x_t.flatten(1), t[:, None]
+        given = torch.cat([x, time, time - (0 if r is None else r[:, None])], 1)
+        return (prediction(x / (1 - time), time / (1 - time))[0] + self.net(given))[..., None, None]
+
+
+def learn(name, steps=250, batch=256, **knobs):
+    """-> the error of a small map trained by this row, and of the teacher's own guess, against the exact map."""
+    torch.manual_seed(0)
+    row, low, high = ROWS[name]._replace(**knobs), 0.2, 0.8
+    problem, net = Problem(FAMILIES["linear"], "data"), Small()
+    average, before, v_star = copy.deepcopy(net), copy.deepcopy(net), copy.deepcopy(net)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, betas=(0.9, 0.99))
+    stream = Stream(0, batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, (low, high))
+    for step in range(steps):
+        stage = 4 * step // steps
+        if row.first == "before" and 4 * step % steps < 4:
+            before.load_state_dict(net.state_dict())
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
+        legs = make_legs(problem, row, v_star, net, average, before if stage else None)
+        g = torch.Generator().manual_seed(step)
+        k = torch.randint(4, (batch,), generator=g)
+        x0 = (MEANS[k] + STDS[k, None] * torch.randn(batch, 2, generator=g))[..., None, None].float()
+        trip = draw_trip(problem, row, stream, stream.draw(step)._replace(x0=x0, y=None), step, 8 >> stage)
+        optimizer.zero_grad()
+        map_loss(problem, row, legs, net, trip).mean().backward()
+        optimizer.step()
+        ema_update(average, net, 0.9, step + 1)
+    b = draw_trip(problem, row, stream, stream.draw(0, "test")._replace(x0=x0, y=None), steps + 1).b
+    b, exact = b._replace(y=None), exact_map(problem, b)
+    return [float((X - exact).square().mean().sqrt()) for X in (problem.data(average, b).detach(), teacher(problem, b))]
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_a_small_network_learns_the_map(name):
+    knobs = dict(diagonal=0.0, times="triangle", power=0.0) if name == "meanflow" else {}
+    error, guess = learn(name, mu=0.1, **knobs)
+    assert error < 0.75 * guess
+
+
+def test_the_target_is_without_gradient():
+    problem, b = setting("linear", dtype=torch.float32)
+    for name in ("lagrange", "shortcut"):
+        net = Small()
+        torch.nn.init.normal_(net.net[-1].weight, std=0.1)
+        row, own = ROWS[name], lambda b: problem.data(net, b)
+        trip, target = trip_of(problem, row, b)._replace(w=torch.full((len(b.t),), 0.7)), []
+        legs = make_legs(problem, row, net, net, net)
+
+        def watched(b):
+            target.append(legs.second(b))
+            return target[-1]
+        loss = map_loss(problem, row, legs._replace(second=watched), net, trip).mean()
+        mine = torch.autograd.grad(loss, net.net[-1].bias)[0]
+        with torch.no_grad():
+            fixed = trajectory_target(problem, row, legs, trip, own(b))
+        weight = loss_weight(problem, b.t)
+        own_loss = (weight * (own(b) - fixed) ** 2).flatten(1).mean(1).mean()
+        torch.testing.assert_close(mine, torch.autograd.grad(own_loss, net.net[-1].bias)[0])
+        assert not target[0].requires_grad
