@@ -208,6 +208,7 @@ class Players(NamedTuple):
 def make_players(args, config, teacher, first):
     """The student, of this configuration, starts from `first`, the critic from the teacher's average. Everyone stays in
     eval(): no dropout anywhere. Beta1 = 0: momentum chases a target that the other network has already moved."""
+    torch.manual_seed(args.seed)  # a second time's embedding is new
     one_time = {**config, "network": {**config["network"], "second_time": False}}
     nets, device = [build_from(config, first), build_from(one_time, teacher)], teacher.pos_embed.device
     averages = [frozen_copy(nets[0]) for _ in args.ema]
@@ -490,19 +491,22 @@ def main():
                     fooled = F.softplus(-discriminate(problem, psi.net, head.net, b)).mean()
                     total = total + args.gan_weight * fooled
                     run.add(fooled=fooled)
-                x0.backward(torch.autograd.grad(total / args.accum, b.x0)[0])
+                ends, slopes = [x0], [torch.autograd.grad(total / args.accum, b.x0)[0]]
                 run.add(student_loss=loss.mean(), D2=D2.mean())
                 if args.flow_weight:
                     flow_loss = map_loss(problem, row, legs, G.wrapped, trip.rows(rows)).mean()
-                    (args.flow_weight * flow_loss / args.accum).backward()
+                    ends, slopes = [x0, flow_loss], [*slopes, flow_loss.new_tensor(args.flow_weight / args.accum)]
                     run.add(flow_loss=flow_loss)
+                torch.autograd.backward(ends, slopes)  # once: processes average their gradients in it
             run.descend(step, student_norm=G)
 
         step += 1
         for average, decay in zip(averages, args.ema):
             ema_update(average, G.net, decay, step)
         run.report(step, save, picture, facts)
-    run.say(f"wrote {run.out / 'student.pt'}")
+    if run.rank == 0:
+        save_student(run.out / "student.pt", step)
+        print(f"wrote {run.out / 'student.pt'}")
 
 
 if __name__ == "__main__":

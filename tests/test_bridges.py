@@ -302,7 +302,7 @@ def test_bad_flags_around_real_data_and_steps(refused, small_teacher, images, tm
     assert not (tmp_path / "no").exists()
 
 
-@bad(("train_teacher {train} --reference lowres4 --interpolant linear", ("--reference lowres4", "--interpolant bridge")),
+@bad(("train_teacher {train} --reference lowres4 --interpolant linear", ("--reference lowres4", "bridge")),
      *((f"train_teacher {{train}} --reference {name}", ("--reference " + name, *says)) for name, *says in (
          ("small.npz", "(4, 4, 1)", "(8, 8, 1)"), ("few.npz", "5 paired", "40"), ("float.npz", "uint8"),
          ("lowres8", "lowres4"), ("missing.npz",))),

@@ -35,11 +35,13 @@ from interpolants import FAMILIES
 from model import SiT, build_model, load_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-FILES = {"train_teacher": "teacher.pt", "distill": "resume.pt"}  # what a trainer goes on from
-LOSSES = {"train_teacher": ["loss", "grad_norm"],
+# What a trainer goes on from.
+FILES = {"train_teacher": "teacher.pt", "distill": "resume.pt", "flow_map": "flow_map.pt"}
+LOSSES = {"train_teacher": ["loss", "grad_norm"], "flow_map": ["loss", "grad_norm"],
           "distill": ["critic_loss", "critic_norm", "student_loss", "D2", "student_norm", "spread"]}
-CHEAP = {"train_teacher": (), "distill": ("--k_psi", 1, "--k_G", 1)}
-JOBS = pytest.mark.parametrize("job", list(FILES))
+CHEAP = {"train_teacher": (), "flow_map": (), "distill": ("--k_psi", 1, "--k_G", 1)}
+JOBS = pytest.mark.parametrize("job", ["train_teacher", "distill"])  # between them they meet all of common/run.py
+ALL = pytest.mark.parametrize("job", list(FILES))
 unix = pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="forks, signals, limits and /proc")
 
 
@@ -126,7 +128,7 @@ def strike(number, step, rank=0, parent=False):
 def log(out, job):
     lines = pathlib.Path(out, "log.jsonl").read_text().splitlines()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # JSON has no NaN
-    return [line for line in lines if line["job"] == job.split("_")[-1]]
+    return [line for line in lines if line["job"] == job.removeprefix("train_")]
 
 
 def losses(out, job):
@@ -159,6 +161,8 @@ def check_same_end(job, a, b):
 def flags(images, small_teacher):
     """job -> flags of a tiny run."""
     return {"train_teacher": ("--data", images, *SMALL, "--sample_every", 1000),
+            "flow_map": ("--teacher_ckpt", small_teacher, *SMALL[2:], "--sample_every", 1000, "--data", images, "--row",
+                         "progressive", "--stage_iters", 2),
             "distill": ("--teacher_ckpt", small_teacher, *SMALL[2:], "--sample_every", 1000, "--k_psi", 2, "--k_G", 2,
                         "--ema", 0.9, 0.99)}
 
@@ -194,7 +198,7 @@ def test_every_row_trains_distills_and_samples(runs, images, tmp_path, row, obje
     runs("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--objective", objective, "--cfg_scale", 2)
     assert {"student.pt", "resume.pt", "student_one_step_0000002.pth", "distill.json", "distill_0000002.png",
             "distill_0000003.png"} < set(os.listdir(tmp_path))
-    for job in FILES:
+    for job in ("train_teacher", "distill"):
         assert {"images_per_second", "memory_mib", "seconds", "skipped"} <= log(tmp_path, job)[0].keys()
         assert [line["step"] for line in log(tmp_path, job)] == [1, 2, 3] and np.isfinite(losses(tmp_path, job)).all()
     student = load_model(tmp_path / "student.pt")[1]["student"]
@@ -226,7 +230,7 @@ def test_other_alphabets_in_the_c_locale_with_warnings_as_errors(small_teacher, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Going on
 
-@JOBS
+@ALL
 def test_four_iterations_are_two_and_two(runs, flags, tmp_path, job):
     """And a finished run writes its student again."""
     for out, iters, since in (("whole", 4, []), ("parts", 2, []), ("parts", 4, ["2"]), ("parts", 4, ["4"])):
@@ -260,14 +264,15 @@ def kill_and_go_on(folder, flags, job, kills):
 @pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(flags, tmp_path_factory, kills):
     with concurrent.futures.ThreadPoolExecutor() as both:
-        for done in [both.submit(kill_and_go_on, tmp_path_factory.mktemp(job), flags, job, kills) for job in FILES]:
+        for done in [both.submit(kill_and_go_on, tmp_path_factory.mktemp(job), flags, job, kills)
+                     for job in ("train_teacher", "distill")]:
             done.result()
 
 
 @unix
 @pytest.mark.parametrize("job, number, code, world", [
     ("train_teacher", signal.SIGTERM, 0, 1), ("distill", signal.SIGINT, 130, 1),
-    ("train_teacher", signal.SIGINT, 130, 2), ("distill", signal.SIGTERM, 0, 2)])
+    ("train_teacher", signal.SIGINT, 130, 2), ("distill", signal.SIGTERM, 0, 2), ("flow_map", signal.SIGTERM, 0, 1)])
 def test_a_signal_finishes_the_iteration_and_saves(flags, tmp_path, job, number, code, world):
     """In all processes, whichever has heard it."""
     struck = functools.partial(strike, number, 3, world - 1)
@@ -403,7 +408,9 @@ ORIGINAL = "--model SiT-XXS/4 --batch 8 --lr 1e-5 --cfg_scale 4.0 --k_psi 5 --k_
 
 
 @unix
-@pytest.mark.parametrize("job, more", [*((job, "--accum 2") for job in FILES), ("distill", ORIGINAL)])
+@pytest.mark.parametrize("job, more", [
+    *((job, "--accum 2 --lr 1e-5") for job in FILES), ("distill", ORIGINAL),
+    ("distill", "--flow_weight 1 --lr 1e-5"), ("flow_map", "--row shortcut --lr 1e-5")])
 def test_two_processes_walk_the_path_of_one(runs, flags, tmp_path, job, more):
     flags = (*flags[job], *more.split(), "--iters", 4, "--out")
     runs(job, *flags, tmp_path / "one")
@@ -413,7 +420,8 @@ def test_two_processes_walk_the_path_of_one(runs, flags, tmp_path, job, more):
     np.testing.assert_allclose(one, two, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("job, more", [("train_teacher", ()), ("distill", ()), ("distill", (
+@pytest.mark.parametrize("job, more", [
+    ("train_teacher", ()), ("distill", ()), ("flow_map", ("--anchor", 1)), ("distill", (
     "--student_steps", 2, "--reuse_samples", "--objective", "gap", "--gan_weight", 0.1, "--real_alpha", 0.9))])
 def test_accumulation_walks_the_same_path(runs, images, flags, tmp_path, job, more):
     for accum in (1, 2):
@@ -707,6 +715,7 @@ def test_compare_draws_both(runs, checkpoints, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
+SEEN = {"interpolant": "bridge", "prediction": "data", "reference": "inpaint"}
 STUDENT = {"student": {"t_init": 0.7, "times": [0.7], "steps": 1, "cfg_scale": 2.0}}
 
 
@@ -715,8 +724,11 @@ def checkpoints(tmp_path_factory, images, small_teacher):
     """A student, a teacher without classes, one on ve, with random weights; and one that is cut off."""
     folder, found = tmp_path_factory.mktemp("checkpoints"), {"teacher": small_teacher, "images": images}
     for name, classes, changes in (("student", 4, STUDENT), ("free", 0, {}), ("free_student", 0, STUDENT),
-                                   ("ve", 4, {"interpolant": "ve", "prediction": "data"})):
+                                   ("ve", 4, {"interpolant": "ve", "prediction": "data"}),
+                                   ("map", 4, {"student": {**STUDENT["student"], "flow_map": "lagrange"}}),
+                                   ("seen", 0, SEEN), ("unpaired", 0, {**SEEN, "reference": "unpaired"})):
         network = {"size": "XXS", "patch": 4, "image_size": 8, "channels": 1, "num_classes": classes}
+        network["reference_channels"] = int(name == "seen")
         config = {"network": network, "model": "SiT-XXS/4", "interpolant": "linear", "prediction": "velocity"} | changes
         found[name] = folder / f"{name}.pt"
         save_checkpoint(found[name], {"config": config, "ema": build_model(config).state_dict()})
@@ -755,7 +767,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--data imagenet", "--data imagenet: no such data set"), ("--interpolant bridge", "--reference"),
         ("--antithetic", "--interpolant bridge"), ("--gamma_scale 2", "for bridges"),
         ("--interpolant bridge --reference noise --antithetic --batch 5", ("--batch 5", "4 does")),
-        ("--cache_latents x", ("--vae", "--image_size"))]),
+        ("--cache_latents x", ("--vae", "--image_size")), ("--pairs {images}", ("--pairs", "holds no noise")),
+        ("--pairs none.npz", "none.npz"), ("--pairs {images} --image_size 8", "--pairs")]),
     "distill": ("--teacher_ckpt {teacher} --device cpu --out run", [
         ("--objective fgm", ("--objective fgm", "gap, cross, sid, dmd")), ("--grad half", "full, stop"),
         ("--units noise", "velocity, data"), ("--weight l2", "uniform, l1"), ("--kappa x", "--kappa x: must be a num"),
@@ -765,7 +778,20 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--model SiT-XL/2", ("--model SiT-XL/2", "SiT-XXS/4")), ("--teacher_ckpt {student}", "is a student"),
         ("--teacher_ckpt none.pt", "--teacher_ckpt none.pt: no such file"), ("--teacher_ckpt {cut}", "damaged"),
         ("--teacher_ckpt {free} --cfg_scale 4", ("--cfg_scale 4", "no classes")), ("--accum 3", "63 does"),
+        ("--student_ckpt {student}", ("--student_ckpt", "no flow map")), ("--flow_row imm", "freeflow"),
+        ("--teacher_ckpt {ve} --student_ckpt {map}", "interpolant is linear"), ("--flow_row progressive", "unknown"),
+        ("--teacher_ckpt {free} --student_ckpt {map}", "sizes"), ("--flow_weight 1 --student_steps 2", "any number"),
+        ("--flow_weight 1 --flow_row euler", "needs data"), ("--teacher_ckpt {unpaired} --flow_weight 1", "velocity"),
         ("--out file/in", "--out file/in: cannot be written")]),
+    "flow_map": ("--teacher_ckpt {teacher} --data {images} --device cpu --out run", [
+        ("--teacher_ckpt {map}", "is a flow map"), ("--teacher_ckpt {student}", "is a student"), ("--mu 0", "above 0"),
+        ("--row imm", ("--row imm", "lagrange, freeflow")), ("--mu 1", "must be below"), ("--mu 1.5", "--mu 1.5"),
+        ("--row shortcut --tangent jvp", ("--tangent jvp", "shortcut")), ("--lam half", ("--lam half", "random")),
+        ("--row euler --first data", ("--first data", "--tangent jvp")), ("--row freeflow", ("--data", "data-free")),
+        ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.5 --t_max 0.4", "--t_min 0.5"),
+        ("--teacher_ckpt {seen} --t_max 1", ("--t_max 1", "0.999")), ("--teacher_ckpt {unpaired}", "no velocity"),
+        ("--teacher_ckpt {free} --cfg_scale 2", "no classes"), ("--data none", "no such data set"),
+        ("--data digits", ("--data digits", "the teacher has 8x8x1"))]),
     "sample": ("--ckpt {teacher} --device cpu", [
         ("--n 0", "at least 1"), ("--steps 0", "--steps 0: must be a whole number of at least 1"),
         ("--solver rk45", ("--solver rk45", "euler, heun, sde, posterior")), ("--diffusion none", "sigma"),
@@ -776,6 +802,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--compare {teacher} {student}", "--ckpt FILE"),
         ("--ckpt {cut}", "damaged"), ("--ckpt none.pt", "--ckpt none.pt: no such file"),
         ("--ckpt {free} --cfg_scale 4", "no classes"), ("--ckpt {student} --steps 50", ("--steps 50", "of 1 step")),
+        ("--ckpt {student} --restart 1", ("--restart 1", "no flow map")), ("--restart 2", "at most 1"),
+        ("--ckpt {map} --pairs p.npz", ("--pairs p.npz", "no teacher")), ("--pairs p.png", "ending in .npz"),
         ("--ckpt {free} --labels 3", "--labels 3: this checkpoint has no classes"),
         ("--ckpt {student} --cfg_scale 4", ("--cfg_scale 4", "distilled into it")),
         ("--ckpt {student} --solver heun", "--solver heun")]),
