@@ -1,15 +1,16 @@
 """Flow maps: the two legs in closed form on a mixture in the plane, and what flow_map.py learns."""
 import copy
 
+import numpy as np
 import pytest
 import torch
 
-
 from common.data import Stream
+from common.images import to_device, to_uint8
 from flow_map import ROWS, Legs, Trip, draw_trip, make_legs, map_loss, tangent_target, trajectory_target
-from interpolants import (FAMILIES, Batch, Problem, convert, ddim, follow_map, leg_weight, loss_weight, student_input,
-                          time_of_noise_ratio)
-from model import ema_update
+from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, follow_map, leg_weight, loss_weight,
+                          regression_loss, solve, start_at, student_input, time_of_noise_ratio)
+from model import ema_update, load_model
 
 MEANS = torch.tensor([[1.0, 1.0], [-1.2, 0.8], [-0.8, -1.0], [1.1, -0.9]], dtype=torch.float64)
 STDS = torch.tensor([0.15, 0.3, 0.2, 0.4], dtype=torch.float64)
@@ -273,3 +274,56 @@ def test_the_target_is_without_gradient():
         own_loss = (weight * (own(b) - fixed) ** 2).flatten(1).mean(1).mean()
         torch.testing.assert_close(mine, torch.autograd.grad(own_loss, net.net[-1].bias)[0])
         assert not target[0].requires_grad
+
+
+@pytest.fixture(scope="session")
+def bridge(images, tmp_path_factory, run_script):
+    out = tmp_path_factory.mktemp("bridge")
+    run_script("train_teacher", "--data", images, "--model", "SiT-XXS/4", "--batch", 4, "--interpolant", "bridge",
+               "--reference", "inpaint", "--iters", 1, "--device", "cpu", "--out", out)
+    return out / "teacher.pt"
+
+
+@pytest.mark.parametrize("flags", [
+    "--row freeflow", "--row direct --solver_steps 2", "--row meanflow", "--row euler --tangent jvp --tangent_warmup 4",
+    "--row consistency --tangent jvp --cfg_scale 2 --cfg_interval 0.2 0.8",
+    pytest.param("--row lagrange --tangent jvp --compile", marks=pytest.mark.slow),
+    "bridge --row lagrange", "bridge --row freeflow", "bridge --row split --diagonal 0.5", "bridge --row meanflow"])
+def test_runs_and_takes_steps(script, images, small_teacher, bridge, tmp_path, flags):
+    """And the data-free rows open no data set."""
+    flags, seen = flags.removeprefix("bridge").split(), flags.startswith("bridge")
+    data = () if flags[1] in ("freeflow", "direct") and not seen else ("--data", images)
+    code, said, err = script("flow_map", "--teacher_ckpt", bridge if seen else small_teacher, *data, "--batch", 4,
+                             "--iters", 2, "--log_every", 1, "--device", "cpu", "--out", tmp_path, *flags)
+    assert code == 0, err
+    assert ("data-free" in said) == (not data) and ("'NoneType'" not in err)
+    assert (tmp_path / "flow_map_0000002.png").exists() and (tmp_path / "flow_map.json").exists()
+    start = ("--reference", images) if seen else ()
+    for more in ((), ("--steps", 4), ("--steps", 3, "--restart", 0.5)):
+        code, _, err = script("sample", "--ckpt", tmp_path / "flow_map.pt", "--n", 3, "--device", "cpu", *start, *more,
+                              "--out", tmp_path / "s.npz")
+        assert code == 0, err
+
+
+def test_a_teacher_learns_on_pairs(script, small_teacher, tmp_path, monkeypatch):
+    """sample.py writes the noise that an image came from; train_teacher.py joins each image to its own."""
+    import train_teacher
+    common = ("--device", "cpu")
+    file, drawn = tmp_path / "p.npz", []
+    assert script("sample", "--ckpt", small_teacher, "--n", 6, "--steps", 3, "--pairs", file, *common)[0] == 0
+    pairs = np.load(file)
+    assert pairs["noise"].dtype == np.float16
+    net, config = load_model(small_teacher)
+    b = Batch(x1=torch.from_numpy(pairs["noise"]).float(), y=torch.from_numpy(pairs["arr_1"]))
+    again = solve(Problem(FAMILIES["linear"]), net, start_at(Problem(FAMILIES["linear"]), b._replace(z=b.x1), 1.0),
+                  Sampler(3, "euler"))
+    assert np.abs(to_uint8(again).astype(int) - pairs["arr_0"]).max() <= 1  # float16 is near enough
+    monkeypatch.setattr(train_teacher, "regression_loss", lambda problem, net, b: drawn.append(b) or (
+        regression_loss(problem, net, b)))
+    code, _, err = script("train_teacher", "--pairs", file, "--model", "SiT-XXS/4", "--batch", 3, "--iters", 2, "--out",
+                          tmp_path, *common)
+    assert code == 0, err
+    for x0, x1 in zip(torch.cat([b.x0 for b in drawn]), torch.cat([b.x1 for b in drawn])):
+        i = (x0 - to_device(pairs["arr_0"], "cpu")).flatten(1).abs().amax(1).argmin()
+        assert torch.equal(x1, torch.from_numpy(pairs["noise"][i]).float())
+    assert script("train_teacher", "--pairs", file, "--interpolant", "vp", *common, "--out", tmp_path / "q")[0] == 2

@@ -265,3 +265,39 @@ def test_accumulation_leaves_the_size_of_gradients(script, mixture, tmp_path):
         distill_line, teacher_line = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         norms += [distill_line["critic_norm"], distill_line["student_norm"], teacher_line["grad_norm"]]
     assert norms[:3] == pytest.approx(norms[3:], rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow maps
+
+def mapped(script, mixture, out, *flags, teacher="linear"):
+    run(script, "flow_map", "--teacher_ckpt", mixture / teacher / "teacher.pt", *TINY, "--batch", 64, "--lr", 3e-3,
+        "--ema", 0.9, "--iters", 60, "--out", out, *flags)
+    return out / "flow_map.pt"
+
+
+def off(images, truth):
+    return float(((images.astype(float) - truth) ** 2).mean() ** 0.5)
+
+
+@pytest.mark.parametrize("row", ["lagrange", "freeflow", "euler", "consistency", "shortcut", "split", "ctm", "direct",
+                                 "progressive --grid 8 --stage_iters 15", "lagrange --anchor 1"])
+def test_a_flow_map_ends_where_its_teachers_ode_does(script, mixture, tmp_path, row):
+    """From the same noise, far closer than the teacher's own guess in as many steps."""
+    teacher = mixture / "linear/teacher.pt"
+    path, truth = mapped(script, mixture, tmp_path, "--row", *row.split()), sampled(teacher, Sampler(50))
+    assert off(sampled(path), truth) < 0.65 * off(sampled(teacher, Sampler(1)), truth)
+    if row.split()[0] in ("lagrange", "euler", "ctm"):
+        assert off(sampled(path, Sampler(4)), truth) < 0.9 * off(sampled(teacher, Sampler(4)), truth)
+
+
+def test_a_student_starts_from_a_flow_map_or_stays_one(script, mixture, tmp_path):
+    """--student_ckpt: after a step of no size it is the map; --flow_weight: its law is the data's, its ends the ODE's."""
+    path, teacher = mapped(script, mixture, tmp_path / "map", "--iters", 20), mixture / "linear/teacher.pt"
+    same = distilled(script, mixture, tmp_path / "same", "--student_ckpt", path, "--lr", 1e-12, iters=1)
+    assert off(sampled(same), sampled(path)) < 0.5 < off(sampled(teacher, Sampler(1)), sampled(path))
+    both = distilled(script, mixture, tmp_path / "both", "--flow_weight", 1, "--objective", "dmd")
+    assert distance(sampled(both)) < 0.5 * distance(sampled(teacher, Sampler(1)))
+    alone = distilled(script, mixture, tmp_path / "alone", "--flow_weight", 1e-9, "--objective", "dmd")
+    truth = sampled(teacher, Sampler(50))
+    assert off(sampled(both), truth) < 0.9 * off(sampled(alone), truth)
