@@ -40,7 +40,7 @@ class Row(NamedTuple):
     power: float = 0.0
     tangent: str = "finite"
     mu: float = 0.3
-    borders: float = 0.3
+    borders: float = 0.15
     solver_steps: int = 8
 
 
@@ -255,7 +255,7 @@ def parse_flags():
     add("--data_dir", default="data", help="where downloads and decoded folders are kept")
     add("--vae", default=None, help="autoencoder that decodes the latents for pictures")
     add("--reference", default=None, help="what a bridge starts from (its teacher's)")
-    add_run_flags(parser, iters=600, lr=1e-3, warmup=0, decay_from=100, log_every=10, sample_every=200)
+    add_run_flags(parser, iters=600, batch=32, lr=1e-3, decay_from=100, warmup=0, log_every=10, sample_every=200)
     args, defaults = parser.parse_args(), vars(parser.parse_args([]))
     for knob, value in ROWS[args.row]._asdict().items():
         if getattr(args, knob) is None:
