@@ -242,9 +242,9 @@ def parse_flags():
         "jvp's target rises to 1")
     add("--anchor", type=number(float, 0), default=0.0, help="weight of the flow-matching loss on data at r = t (FACM)")
     add("--solver_steps", type=number(int, 1), default=None, help="steps of the solver's leg (the row's)")
-    add("--grid", type=number(int, 1), default=64, help="progressive distillation: steps of its first student, a power "
+    add("--grid", type=number(int, 1), default=16, help="progressive distillation: steps of its first student, a power "
         "of two")
-    add("--stage_iters", type=number(int, 1), default=200, help="progressive distillation: iterations of a stage, "
+    add("--stage_iters", type=number(int, 1), default=120, help="progressive distillation: iterations of a stage, "
         "after which the steps are half as many")
     add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help="smallest time t (s/alpha = 0.02)")
     add("--t_max", type=number(float, 0, 1, open_low=True), default=None, help="largest time, where the map starts (1; "

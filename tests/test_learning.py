@@ -292,7 +292,7 @@ def test_a_flow_map_ends_where_its_teachers_ode_does(script, mixture, tmp_path, 
 
 
 def test_a_student_starts_from_a_flow_map_or_stays_one(script, mixture, tmp_path):
-    """After a step of no size the map itself; with --flow_weight its law is the data's, its ends are those of the ODE."""
+    """After a step of no size the map itself; with --flow_weight its law is the data's, its ends the ODE's."""
     path, teacher = mapped(script, mixture, tmp_path / "map", "--iters", 20), mixture / "linear/teacher.pt"
     same = distilled(script, mixture, tmp_path / "same", "--student_ckpt", path, "--lr", 1e-12, iters=1)
     assert off(sampled(same), sampled(path)) < 0.5 < off(sampled(teacher, Sampler(1)), sampled(path))
