@@ -220,7 +220,7 @@ class Small(torch.nn.Module):
         return (prediction(x / (1 - time), time / (1 - time))[0] + self.net(given))[..., None, None]
 
 
-def learn(name, steps=250, batch=256, **knobs):
+def learn(name, steps=150, batch=128, **knobs):
     """-> the error of a small map trained by this row, and of the teacher's own guess, against the exact map."""
     torch.manual_seed(0)
     row, low, high = ROWS[name]._replace(**knobs), 0.2, 0.8

@@ -509,6 +509,7 @@ def under_torchrun(folder, options, change, job, *flags):
 
 
 @unix
+@pytest.mark.slow
 def test_no_orphans_when_torchrun_itself_is_killed(flags, tmp_path):
     """Its end is waited for, and that of all who write to its pipe."""
     flags = (*flags["train_teacher"], "--out", tmp_path)
@@ -850,6 +851,7 @@ UNITS = {"cross k_psi 5 --reuse_samples": (20, 33), "cross k_psi 5": (24, 33), "
 
 
 @unix
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, says", [
     ("plan --model SiT-XL/2", ["M parameters", "distillation"]), ("sampling --model SiT-XXS/4", ["250 steps"]),
     ("scale --models SiT-XXS/2", ["teacher step, eager", "distillation, gap", "of the matrix rate", "one-step"]),
