@@ -279,7 +279,7 @@ def open_checkpoint(role, path, args, device):
     labels = choose_labels(args.labels, args.n, net.num_classes, seed)
     guidance = {"cfg_interval": [0.0, 1.0], **(student or sampler._asdict())}
     record = {"kind": "checkpoint", "sha256": file_sha256(path), "interpolant": config["interpolant"],
-              "sampler": "student" if student else sampler.solver, "steps": sampler.steps,
+              "sampler": "student" if student else sampler.solver, "steps": sampler.steps, "restart": sampler.restart,
               "diffusion": sampler.diffusion if sampler.solver == "sde" else None, "seed": seed, "labels": args.labels,
               "cfg_scale": guidance["cfg_scale"], "cfg_interval": guidance["cfg_interval"], "vae": args.vae,
               "image_size": config.get("latent", config["network"])["image_size"]}
@@ -591,7 +591,7 @@ def parse_flags():
     if args.reference is None and not alone.issuperset(args.metrics):
         raise UserError(f"REFERENCE is missing: --metrics {','.join(args.metrics)} needs what to compare with, or, for "
                         "statistics of SAMPLES, fid and sfid with --save_stats FILE.npz")
-    sampling = ("n", "steps", "solver", "diffusion", "cfg_scale", "cfg_interval", "labels", "vae")
+    sampling = ("n", "steps", "restart", "solver", "diffusion", "cfg_scale", "cfg_interval", "labels", "vae")
     return args, [name for name in sampling if getattr(args, name) != parser.get_default(name)]
 
 

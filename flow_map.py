@@ -308,7 +308,9 @@ def main():
     free = row.times in DATA_FREE and not kind
     if free and args.data:
         raise UserError(f"--data {args.data}: --row {args.row} is data-free, nothing uses it; leave it out")
-    args.data = args.data or (None if free else config["data"])
+    args.data = args.data or (None if free else config.get("data"))
+    if not free and not args.data:
+        raise UserError(f"--row {args.row}: needs data to noise; add --data")
     args.reference = args.reference or config.get("reference_source")
     state = run.resume("flow_map.pt", lambda path: load_checkpoint(path, mapped=True), ("model", "ema", "before"))
     data, reference = open_data_of(args, run, config)

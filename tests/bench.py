@@ -1,6 +1,7 @@
 """Timings, side by side in one process; absolute numbers are this machine's, ratios are what carries over.
 
     python tests/bench.py iteration     # one distillation iteration against the naive arrangement, units of both
+    python tests/bench.py maps          # an iteration of each row of flow_map.py against one of distill.py
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
     python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
     python tests/bench.py blocks        # SiT-S/2, forward and backward, against separate q, k, v and unfused attention
@@ -37,6 +38,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import distill
 import fid
+import flow_map
 from common.autoencoder import CHUNK, Autoencoder
 from common.data import draw_digits
 from common.files import save_checkpoint
@@ -109,24 +111,24 @@ def random_teacher(folder, model, side, channels):
 # ---------------------------------------------------------------------------------------------------------------------
 # An iteration of distillation, and samples
 
-def run_distill(teacher, *flags):
-    """distill.py itself -> its log."""
+def run_trainer(script, teacher, *flags):
+    """distill.py or flow_map.py itself -> its log."""
     out = pathlib.Path(teacher).parent / "ours"
     flags = ("--teacher_ckpt", teacher, "--out", out, "--fresh", "--sample_every", 10 ** 6, *flags)
-    argv, sys.argv = sys.argv, ["distill.py", *map(str, flags)]
+    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags)]
     shutil.rmtree(out, ignore_errors=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            distill.main()
+            script.main()
     finally:
         sys.argv = argv
     return out / "log.jsonl"
 
 
-def ours(teacher, args, *flags, device="cpu"):
+def ours(teacher, args, *flags, device="cpu", script=distill):
     """Seconds per iteration, after as many of warm-up, and peak memory in MiB."""
     n, flags = args.iterations, ("--batch", args.batch, "--device", device, *flags)
-    log = run_distill(teacher, *flags, "--iters", 2 * n, "--log_every", n)
+    log = run_trainer(script, teacher, *flags, "--iters", 2 * n, "--log_every", n)
     first, last = map(json.loads, log.read_text().splitlines())
     return (last["seconds"] - first["seconds"]) / n, last["memory_mib"]
 
@@ -164,7 +166,7 @@ def count_units(objective, k_psi, *flags):
         teacher, net, _ = random_teacher(folder, "SiT-XXS/2", 16, 1)
         unit = flops(lambda: net(torch.empty(2, 1, 16, 16), torch.empty(2)))
         return [round(flops(action) / unit) for action in (
-            lambda: run_distill(teacher, *flags), naive(net, 2, objective, k_psi))]
+            lambda: run_trainer(distill, teacher, *flags), naive(net, 2, objective, k_psi))]
 
 
 def iteration(args):
@@ -180,6 +182,33 @@ def iteration(args):
         mine, other = (1000 * median(column) for column in zip(*pairs))
         print(f"{' '.join([objective, 'k_psi', str(k_psi), *flags])}: {units[0]} units, {mine:.0f} ms; "
               f"naive {units[1]} units, {other:.0f} ms, {times(pairs)}", flush=True)
+
+
+def maps(args):
+    """In units of a forward pass, and in time against sid's iteration of the same round."""
+    data_free = [name for name, row in flow_map.ROWS.items() if row.times in flow_map.DATA_FREE]
+    rows = {name: (flow_map, "--row", name) for name in flow_map.ROWS}
+    rows |= {f"{name}, jvp": (flow_map, "--row", name, "--tangent", "jvp") for name in ("lagrange", "euler")}
+    rows = {"sid": (distill, "--objective", "sid"), **rows}
+    heading(args, f" of {args.iterations} iterations")
+    with tempfile.TemporaryDirectory() as folder:
+        data, found = pathlib.Path(folder, "data.npz"), {name: [] for name in rows}
+        rng = np.random.default_rng(0)
+        np.savez(data, images=rng.integers(0, 256, (1000, args.side, args.side, args.channels), dtype=np.uint8),
+                 labels=np.arange(1000) % 10)
+        rows = {name: (script, *flags, *["--data", data] * (script is flow_map and flags[1] not in data_free))
+                for name, (script, *flags) in rows.items()}
+        teacher, net, _ = random_teacher(folder, args.model, args.side, args.channels)
+        for _ in range(args.rounds):
+            for name, (script, *flags) in rows.items():
+                found[name].append(ours(teacher, args, *flags, script=script)[0])
+        x, t = torch.empty(4, args.channels, args.side, args.side), torch.empty(4)
+        unit = flops(lambda: net(x, t))
+        with mock.patch("common.run.Run.report", lambda *_: None):
+            for name, (script, *flags) in rows.items():
+                units = flops(lambda: run_trainer(script, teacher, *flags, "--batch", 4, "--iters", 1)) / unit
+                print(f"{name}: {units:.1f} units, {1000 * median(found[name]):.0f} ms, "
+                      f"{times(list(zip(found['sid'], found[name])))} as sid", flush=True)
 
 
 def sampling(args):
@@ -406,8 +435,8 @@ def plan(args):
               + "".join(f"{value / 2 ** 30:{space}.1f}" for value, space in zip(columns, (11, 9, 19))))
 
 
-COMMANDS = {"iteration": iteration, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic, "blocks": blocks,
-            "plan": plan, "scale": scale}
+COMMANDS = {"iteration": iteration, "maps": maps, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic,
+            "blocks": blocks, "plan": plan, "scale": scale}
 FLAGS = {"model": "SiT-XS/4", "side": 28, "channels": 1, "batch": 64, "iterations": 6, "rounds": 3,
          "images": 2000,  # of each side in the whole fid command
          "models": "SiT-S/2,SiT-B/2,SiT-XL/2",  # of scale

@@ -205,6 +205,8 @@ def test_latents_are_cached_used_and_decoded(run, folder):
     run(*TRAIN, "--data", "cache", "--out", "again", "--iters", 1)
     run("distill", *SMALL[2:], "--data", "cache", "--gan_weight", 0.1, "--vae", "vae.bin", "--iters", 1)
     run("sample", "--ckpt", "out/student.pt", "--vae", "vae.bin", "--n", 2, "--out", "s.npz")
+    run("flow_map", *SMALL[2:], "--data", "cache", "--vae", "vae.bin", "--iters", 1)
+    run("sample", "--ckpt", "out/flow_map.pt", "--vae", "vae.bin", "--n", 2, "--steps", 2, "--out", "s.npz")
     assert same(*(load_checkpoint(pathlib.Path(out, "teacher.pt"))["ema"] for out in ("out", "again")))
     assert np.load("s.npz")["arr_0"].shape == (2, 16, 16, 3)
     data, vae = load_images("cache"), small_autoencoder()

@@ -791,8 +791,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--row euler --first data", ("--first data", "--tangent jvp")), ("--row freeflow", ("--data", "data-free")),
         ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.5 --t_max 0.4", "--t_min 0.5"),
         ("--teacher_ckpt {seen} --t_max 1", ("--t_max 1", "0.999")), ("--teacher_ckpt {unpaired}", "no velocity"),
-        ("--teacher_ckpt {free} --cfg_scale 2", "no classes"), ("--data none", "no such data set"),
-        ("--data digits", ("--data digits", "the teacher has 8x8x1"))]),
+        ("--teacher_ckpt {free} --cfg_scale 2", "no classes"), ("--data none", "no such data set")]),
+    "flow_map ": ("--teacher_ckpt {free} --device cpu --out run", [("", ("--row lagrange", "add --data"))]),
     "sample": ("--ckpt {teacher} --device cpu", [
         ("--n 0", "at least 1"), ("--steps 0", "--steps 0: must be a whole number of at least 1"),
         ("--solver rk45", ("--solver rk45", "euler, heun, sde, posterior")), ("--diffusion none", "sigma"),
@@ -854,6 +854,7 @@ UNITS = {"cross k_psi 5 --reuse_samples": (20, 33), "cross k_psi 5": (24, 33), "
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, says", [
     ("plan --model SiT-XL/2", ["M parameters", "distillation"]), ("sampling --model SiT-XXS/4", ["250 steps"]),
+    ("maps --model SiT-XXS/4", ["sid: 9.6 units", "lagrange: 5.1 units", "meanflow", "euler, jvp", "as sid"]),
     ("scale --models SiT-XXS/2", ["teacher step, eager", "distillation, gap", "of the matrix rate", "one-step"]),
     ("iteration --model SiT-XXS/4", [f"{row}: {a} units, .* naive {b} units" for row, (a, b) in UNITS.items()])])
 def test_benchmarks_at_tiny_size(tmp_path, flags, says):
