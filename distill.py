@@ -142,6 +142,15 @@ def renoise(problem, b, fresh):
     return b._replace(z=fresh.z, t=fresh.t, x1=b.x1 if problem.sees_x1 else fresh.x1)
 
 
+def draw_flow(problem, row, stream, *key):
+    """What the trajectory loss is taken on -> flow_map.Trip."""
+    b = stream.draw(*key, "map")
+    if row.times not in DATA_FREE or stream.reference:
+        real = stream.draw_data(*key, "map")
+        b = renoise(problem, real._replace(x0=None if row.times in DATA_FREE else real.x0), b)
+    return draw_trip(problem, row, stream, b, key)
+
+
 class Watched(NamedTuple):
     """Starts that stay the same for the whole run: x1, z, y of b, and as its x0 the noise that shows what teacher and
     critic make of samples at the time t, where signal and noise are equal."""
@@ -476,11 +485,7 @@ def main():
             if k > 0:
                 start = draw_start(problem, stream, G.net, upto, step, "student", k)
             fake = renoise(problem, start, stream.draw(step, "gap", k))
-            if args.flow_weight:
-                free = row.times in DATA_FREE and not reference
-                b = stream.draw(step, "map", k) if free else renoise(
-                    problem, stream.draw_data(step, "map data", k), stream.draw(step, "map", k))
-                trip = draw_trip(problem, row, flow_stream, b, step)
+            trip = draw_flow(problem, row, flow_stream, step, k) if args.flow_weight else None
             for rows in run.pieces(G):
                 if k > 0 or args.accum > 1:
                     x0 = problem.data(G.wrapped, start.rows(rows))
@@ -491,12 +496,12 @@ def main():
                     fooled = F.softplus(-discriminate(problem, psi.net, head.net, b)).mean()
                     total = total + args.gan_weight * fooled
                     run.add(fooled=fooled)
-                ends, slopes = [x0], [torch.autograd.grad(total / args.accum, b.x0)[0]]
                 run.add(student_loss=loss.mean(), D2=D2.mean())
-                if args.flow_weight:
-                    flow_loss = map_loss(problem, row, legs, G.wrapped, trip.rows(rows)).mean()
-                    ends, slopes = [x0, flow_loss], [*slopes, flow_loss.new_tensor(args.flow_weight / args.accum)]
-                    run.add(flow_loss=flow_loss)
+                ends, slopes = [x0], [torch.autograd.grad(total / args.accum, b.x0)[0]]
+                if trip:  # and the trajectory loss
+                    ends += [map_loss(problem, row, legs, G.wrapped, trip.rows(rows)).mean()]
+                    slopes += [torch.full_like(ends[1], args.flow_weight / args.accum)]
+                    run.add(flow_loss=ends[1])
                 torch.autograd.backward(ends, slopes)  # once: processes average their gradients in it
             run.descend(step, student_norm=G)
 
