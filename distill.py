@@ -22,8 +22,8 @@ from common.files import checksum, load_checkpoint, save_checkpoint
 from common.images import save_picture, stack_rows, to_uint8
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, command, generator, number, one_of, precision,
                         put_in_training)
-from interpolants import (Batch, Problem, check_log_snr, convert, loss_weight, prediction_scale,
-                          regression_loss, student_input, time_grid, time_of_noise_ratio)
+from interpolants import (Batch, Problem, check_log_snr, convert, last_time, loss_weight, prediction_scale,
+                          regression_loss, student_input, time_of_noise_ratio)
 from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
 from model import build_from, ema_update, frozen_copy, guided, load_weights
 from sample import is_flow_map, load_named, load_teacher, noise_levels, student_times
@@ -370,7 +370,7 @@ def open_teacher(args, device):
     start = open_start(args, config, device) if args.student_ckpt else None
 
     shape = noise_levels(problem, config)
-    first = student_times(start[1])[0] if start else float(time_grid(problem, 1)[0]) if args.flow_weight else None
+    first = student_times(start[1])[0] if start else last_time(problem) if args.flow_weight else None
     args.t_init = args.t_init or first or time_of_noise_ratio(shape, START_RATIO)
     if first and args.student_steps > 1:
         raise UserError(f"--student_steps {args.student_steps}: a flow map takes any number of steps; leave it out")

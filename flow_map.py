@@ -21,8 +21,8 @@ from common.data import Stream, open_data_of
 from common.files import checksum, load_checkpoint, save_checkpoint
 from common.images import save_picture, stack_rows
 from common.run import Parser, Run, UserError, add_run_flags, command, generator, number, one_of, put_in_training
-from interpolants import (Batch, Sampler, convert, ddim, known, leg_weight, loss_weight, regression_loss,
-                          start_at, time_grid, time_of_noise_ratio)
+from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
+                          start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
 from sample import choose_labels, generate, load_teacher, noise_levels
 
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 ROWS = {  # what a row sets, the flags of these names override
-    "lagrange": Row("1-mu", "student", "teacher"),  # AYF-LMD (arXiv:2506.14603)
+    "lagrange": Row("1-mu", "student", "teacher"),  # LMD (arXiv:2406.07507), AYF-LMD (arXiv:2506.14603)
     "freeflow": Row("1-mu", "student", "teacher", "start"),  # FreeFlow's prediction (arXiv:2511.19428)
     "euler": Row("mu", "teacher", "student"),  # MeanFlow's distillation (arXiv:2505.13447), AYF-EMD (arXiv:2506.14603)
     "consistency": Row("mu", "teacher", "average", "end"),  # arXiv:2303.01469; sCD as mu -> 0 (arXiv:2410.11081)
@@ -53,7 +53,7 @@ ROWS = {  # what a row sets, the flags of these names override
     "split": Row("random", "average", "average", diagonal=0.25),  # SplitMeanFlow (arXiv:2507.16884)
     "progressive": Row("0.5", "before", "before", "grid"),  # arXiv:2202.00512
     "ctm": Row("random", "solver", "average"),  # CTM's trajectory term (arXiv:2310.02279)
-    "direct": Row("1", "solver", "student", "ends"),  # knowledge distillation (arXiv:2101.02388)
+    "direct": Row("1", "solver", "solver", "ends"),  # knowledge distillation (arXiv:2101.02388)
     "meanflow": Row("mu", "data", "student", "lognormal", 0.75, 1.0, "jvp"),  # from data alone (arXiv:2505.13447)
 }
 LEGS = ("teacher", "student", "average", "before", "solver", "data")
@@ -106,9 +106,10 @@ def tangent_target(problem, row, legs, trip, X):
         euler:     R = omega_t (X* - X) - (t - r) dX/dt along the ODE        with X* at x_t
         lagrange:  R = omega_r (X* - X) + (t - r) dX/dr                      with X* at f(x_t, t, r)
 
-    omega_u = -(t - r) rho'_u / (rho_r - rho_t), 1 at r = t. omega_r has no bound at r = 0: that R is divided by it
-    where it is above 1. R is normalised as sCM's tangent (arXiv:2410.11081, section 4.2), but not from data, where X*
-    is x0 and the ODE's velocity I': only R's mean is right there."""
+    omega_u = -(t - r) rho'_u / (rho_r - rho_t), 1 at r = t. omega_r grows without bound as r falls to 0, where
+    draw_trip draws none: that R is divided by it where it is above 1. R is normalised as sCM's tangent
+    (arXiv:2410.11081, section 4.2), but not from data, where X* is x0 and the ODE's velocity I': only R's mean is right
+    there."""
     b, euler = trip.b, row.lam == "mu"
     at = b if euler else b._replace(x_t=ddim(problem, X, b, b.r), t=b.r)
     star = (legs.first if euler else legs.second)(at)
@@ -135,6 +136,13 @@ def tangent_target(problem, row, legs, trip, X):
     return X + R / (R.flatten(1).square().mean(1).sqrt().reshape(span.shape) + 0.1)
 
 
+def least_weight(problem, t, ndim):
+    """What a noise or score prediction's loss is multiplied by, (B,1,..,1), so that near t = 1, where one-step samples
+    start and alpha is small, errors of the data prediction count as elsewhere (arXiv:2202.00512, section 4)."""
+    k = known(problem, t, ndim)
+    return (k.s / k.alpha).square().clamp_min(1) if problem.prediction in ("noise", "score") else torch.ones_like(k.s)
+
+
 def map_loss(problem, row, legs, net, trip):
     """The trajectory loss of net on these rows, (B,): w(t) |out - convert(X_tgt)|^2 / stopgrad(. + 1e-3)^power, with
     the teacher's prediction as X_tgt where r = t."""
@@ -145,7 +153,8 @@ def map_loss(problem, row, legs, net, trip):
     if len(stay) and row.first != "data":
         X_tgt[stay] = legs.teacher(b.rows(stay)).detach().float()
     wanted = convert(problem._replace(prediction="data"), X_tgt, problem.prediction, b)
-    loss = (loss_weight(problem, b.t, out.ndim) * (out.float() - wanted) ** 2).flatten(1).mean(1)
+    weight = loss_weight(problem, b.t, out.ndim) * least_weight(problem, b.t, out.ndim)
+    loss = (weight * (out.float() - wanted) ** 2).flatten(1).mean(1)
     return loss / (loss.detach() + 1e-3) ** row.power
 
 
@@ -186,6 +195,8 @@ def draw_times(row, n, span, g):
     if row.times == "lognormal":  # MeanFlow's pairs (arXiv:2505.13447, table 1d)
         pair = high * (torch.randn(2, n, generator=g, dtype=torch.float64) - 0.4).sigmoid()
         return pair.amax(0).clamp_min(low), pair.amin(0)
+    if row.times == "grid":
+        return high * u.clamp_min(1e-9), 0 * u
     t = torch.where(to_high < (1 if row.times in DATA_FREE else row.borders), high, low + (high - low) * u)
     return t, torch.where(to_zero < (1 if row.times in ("end", "ends") else row.borders), 0, t * v)
 
@@ -195,12 +206,15 @@ def draw_trip(problem, row, stream, b, step, intervals=1):
     whole batch) -> Trip. intervals: of the grid that progressive distillation has come to."""
     n, g = stream.batch, generator(stream.seed, step, "times")
     t, r = draw_times(row, n, stream.times, g)
-    lam, i = torch.rand(n, generator=g, dtype=torch.float64), torch.arange(n)
+    lam = torch.rand(n, generator=g, dtype=torch.float64)
     if row.times == "grid":
-        i = (t / stream.times[1] * intervals).ceil().clamp_min(1)
+        i = (t / stream.times[1] * intervals).ceil()
         t, r = stream.times[1] * i / intervals, stream.times[1] * (i - 1) / intervals
-    stay = ((torch.arange(n) + 1) * row.diagonal).floor() > (torch.arange(n) * row.diagonal).floor()
+    share = torch.arange(n + 1) * row.diagonal
+    stay = share[1:].floor() > share[:-1].floor()  # spread evenly, so that pieces and processes are alike
     r = torch.where(stay, t, r)
+    if row.tangent == "jvp" and row.lam == "1-mu":
+        r = r.clamp_min(stream.times[0])
     lam = lam if row.lam == "random" else {"mu": row.mu, "1-mu": 1 - row.mu}.get(row.lam) or float(row.lam)
     s = t - lam * (t - r)
     t, s, r, w = (v[stream.part].float().to(stream.device) for v in (t, s, r, leg_weight(problem, t, s, r)))
@@ -248,7 +262,7 @@ def parse_flags():
         "after which the steps are half as many")
     add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help="smallest time t (s/alpha = 0.02)")
     add("--t_max", type=number(float, 0, 1, open_low=True), default=None, help="largest time, where the map starts (1; "
-        "0.999 on bridges and where a prediction says nothing of the data at 1)")
+        "0.999 on bridges, s/alpha = 50 for noise and score predictions)")
     add("--ema", type=number(float, 0, 1), default=0.98, help="decay of the map's average")
     add = parser.group("data")
     add("--data", default=None, help="images to noise, as in train_teacher.py (the teacher's, for rows that need them)")
@@ -274,6 +288,8 @@ def check_row(args):
         raise UserError(f"--lam {row.lam}: give mu, 1-mu, random or a number in (0, 1]")
     if row.mu == 1:
         raise UserError("--mu 1: must be below 1")
+    if "data" in row[1:3] and args.cfg_scale != 1:
+        raise UserError(f"--cfg_scale {args.cfg_scale:g}: --first data asks no teacher; leave it out")
     own = {"mu": row.first in ("teacher", "data") and row.second in ("student", "average"),
            "1-mu": row.first == "student" and row.second == "teacher"}
     if row.tangent == "jvp" and not own.get(row.lam):
@@ -286,7 +302,7 @@ def check_row(args):
                         "triangle")
     if args.grid & (args.grid - 1):
         raise UserError(f"--grid {args.grid}: must be a power of two")
-    return row
+    return row if row.lam in ("mu", "1-mu", "random") else row._replace(lam=f"{float(row.lam):g}")
 
 
 def main():
@@ -295,7 +311,7 @@ def main():
     run = Run(args, defaults, "flow_map")
     device = run.device
     teacher, config, problem = load_teacher(args, device)
-    kind, side, latest = config.get("reference"), config["network"]["image_size"], float(time_grid(problem, 1)[0])
+    kind, side, latest = config.get("reference"), config["network"]["image_size"], last_time(problem)
     if kind == "unpaired":
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: an unpaired bridge knows no velocity, so there is no ODE "
                         "to follow; use distill.py --units data")
@@ -328,11 +344,11 @@ def main():
         one.grad_checkpoint = args.grad_checkpoint
         if args.compile:
             one.compile()
-    average, before = frozen_copy(net), frozen_copy(net)
+    average, before = frozen_copy(net), frozen_copy(net) if "before" in row else None
     X, step = put_in_training(net, torch.optim.Adam, args.lr, args, betas=(0.9, 0.99)), 0
     v_star = guided(teacher, args.cfg_scale, args.cfg_interval)
     if state:
-        for one, key in ((net, "model"), (average, "ema"), (before, "before")):
+        for one, key in ((net, "model"), (average, "ema"), *[(before, "before")] * bool(before)):
             load_weights(one, state[key], run.out / "flow_map.pt")
         X.load_moments(state["optimizer"], run.out / "flow_map.pt")
         step, state = state["step"], None  # what was read is let go of
@@ -347,7 +363,7 @@ def main():
         if run.rank == 0:
             save_checkpoint(run.out / "flow_map.pt", {
                 "config": mapped, "flags": vars(args), "step": step, **made_with, "model": net.state_dict(),
-                "ema": average.state_dict(), "before": before.state_dict(), "optimizer": moments})
+                "ema": average.state_dict(), "before": before and before.state_dict(), "optimizer": moments})
 
     panels = {}
 
@@ -358,8 +374,8 @@ def main():
 
     batches = None if data is None else stream.epochs(step)
     while step < args.iters:
-        stage = step // args.stage_iters
-        if row.first == "before" and step and step % args.stage_iters == 0:
+        stage = min(step // args.stage_iters, args.grid.bit_length() - 1)  # the last has one step
+        if before and step == stage * args.stage_iters > 0:
             before.load_state_dict(average.state_dict())
         legs = make_legs(problem, row, v_star, net, average, before if stage else None)
         b = stream.draw(step, "map")
@@ -367,7 +383,7 @@ def main():
             images = next(batches)
             x0 = None if row.times in DATA_FREE else images.x0
             b = b._replace(x0=x0, y=images.y, x1=images.x1 if kind else b.x1)
-        trip = draw_trip(problem, row, stream, b, step, max(1, args.grid >> stage))
+        trip = draw_trip(problem, row, stream, b, step, args.grid >> stage)
         trip = trip._replace(share=min(1, (step + 1) / max(1, args.tangent_warmup)))
         for rows in run.pieces(X):
             part = trip.rows(rows)

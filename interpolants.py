@@ -361,6 +361,13 @@ def time_grid(problem, steps, end=1e-3):
     return torch.linspace(start, 0, int(steps) + 1, dtype=torch.float64)
 
 
+def last_time(problem):
+    """Where a flow map starts: where grids do, and s / alpha = 50 at most where the network predicts noise or score,
+    which say nothing of the data beyond."""
+    return time_of_noise_ratio(problem, 50.0) if problem.prediction in ("noise", "score") else float(
+        time_grid(problem, 1)[0])
+
+
 def solve(problem, net, b, sampler, noise=None):
     """Integrate from the reference to data. b has x_t (B,C,H,W) at the grid's first time, y, and x1 where the networks
     see it -> x0 (B,C,H,W).
