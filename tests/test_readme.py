@@ -17,7 +17,7 @@ from test_fid import StandIn
 from test_released import released, small_autoencoder
 
 README = (ROOT / "README.md").read_text()
-PAGES = ["docs/imagenet.md", "README.md", "docs/evaluation.md", "docs/results.md"]  # each finds what it needs
+PAGES = ["docs/imagenet.md", "README.md", "docs/results.md", "docs/evaluation.md"]  # each finds what it needs
 SCRIPTS = {path.name for pattern in ("*.py", "tests/score.py") for path in ROOT.glob(pattern)}
 
 
