@@ -261,7 +261,7 @@ def kill_and_go_on(folder, flags, job, kills):
 
 
 @unix
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(flags, tmp_path_factory, kills):
     with concurrent.futures.ThreadPoolExecutor() as both:
         for done in [both.submit(kill_and_go_on, tmp_path_factory.mktemp(job), flags, job, kills)
