@@ -22,11 +22,11 @@ from common.files import checksum, load_checkpoint, save_checkpoint
 from common.images import save_picture, stack_rows, to_uint8
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, command, generator, number, one_of, precision,
                         put_in_training)
+from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
 from interpolants import (Batch, Problem, check_log_snr, convert, last_time, loss_weight, prediction_scale,
                           regression_loss, student_input, time_of_noise_ratio)
-from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
 from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import is_flow_map, load_named, load_teacher, noise_levels, student_times
+from sample import add_teacher_flags, is_flow_map, load_named, load_teacher, noise_levels, student_times
 
 
 class Objective(NamedTuple):
@@ -146,8 +146,7 @@ def draw_flow(problem, row, stream, *key):
     """What the trajectory loss is taken on -> flow_map.Trip."""
     b = stream.draw(*key, "map")
     if row.times not in DATA_FREE or stream.reference:
-        real = stream.draw_data(*key, "map")
-        b = renoise(problem, real._replace(x0=None if row.times in DATA_FREE else real.x0), b)
+        b = renoise(problem, stream.draw_data(*key, "map"), b)
     return draw_trip(problem, row, stream, b, key)
 
 
@@ -237,13 +236,7 @@ def make_players(args, config, teacher, first):
 
 def parse_flags():
     parser = Parser(__doc__)
-    add = parser.group("teacher")
-    add("--teacher_ckpt", default="out/teacher.pt", help="the teacher's checkpoint")
-    add("--model", default=None, help="if given, must be the teacher's network, such as SiT-XL/2")
-    add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = "
-        "unconditional")
-    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
-        "at which the teacher is guided")
+    add_teacher_flags(parser)
     add = parser.group("objective")
     add("--objective", type=one_of(OBJECTIVES), default="sid", help=", ".join(OBJECTIVES) + ": a row of the four "
         "flags below")

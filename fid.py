@@ -143,15 +143,15 @@ def load_inception(path, device="cpu"):
     with reading(f"--weights {path}: not the Inception of FID"):
         for name, parameter in net.named_parameters():
             if name.endswith("conv.weight"):
-                weight, bn = state[name], name.replace("conv.weight", "bn.")
+                weight, bn, bias = state[name], name.replace("conv.weight", "bn."), name.replace("weight", "bias")
                 norm = [state.pop(bn + key) for key in ("weight", "bias", "running_mean", "running_var")]
                 state.pop(bn + "num_batches_tracked", None)
-                if weight.shape != parameter.shape or any(v.shape != weight.shape[:1] for v in norm):
+                if bias in state or weight.shape != parameter.shape or any(v.shape != weight.shape[:1] for v in norm):
                     raise ValueError(f"{name} has shape {tuple(weight.shape)}")  # products of odd ones fill the memory
-                gain, bias, mean, variance = (v.double() for v in norm)
+                gain, shift, mean, variance = (v.double() for v in norm)
                 scale = gain / (variance + 1e-3).sqrt()
                 state[name] = weight.double() * scale[:, None, None, None]
-                state[name.replace("weight", "bias")] = bias - mean * scale
+                state[bias] = shift - mean * scale
         for name in state.keys() - net.state_dict().keys():
             raise ValueError(f"unexpected {name}")
         net.load_state_dict(state)

@@ -12,7 +12,6 @@ Writes OUT/flow_map.pt (everything: the same command again goes on from it), OUT
 """
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,7 +23,7 @@ from common.run import Parser, Run, UserError, add_run_flags, command, generator
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
                           start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import choose_labels, generate, load_teacher, noise_levels
+from sample import add_teacher_flags, choose_labels, generate, load_teacher, noise_levels
 
 
 class Row(NamedTuple):
@@ -136,11 +135,14 @@ def tangent_target(problem, row, legs, trip, X):
     return X + R / (R.flatten(1).square().mean(1).sqrt().reshape(span.shape) + 0.1)
 
 
-def least_weight(problem, t, ndim):
-    """What a noise or score prediction's loss is multiplied by, (B,1,..,1), so that near t = 1, where one-step samples
-    start and alpha is small, errors of the data prediction count as elsewhere (arXiv:2202.00512, section 4)."""
-    k = known(problem, t, ndim)
-    return (k.s / k.alpha).square().clamp_min(1) if problem.prediction in ("noise", "score") else torch.ones_like(k.s)
+def map_weight(problem, t, ndim):
+    """loss_weight, for noise and score predictions max(1, s^2 / alpha^2) times as much, (B,1,..,1): near t = 1, where
+    one-step samples start, errors of the data prediction count as elsewhere then (arXiv:2202.00512, section 4)."""
+    weight = loss_weight(problem, t, ndim)
+    if problem.prediction in ("noise", "score"):
+        k = known(problem, t, ndim)
+        weight = weight * (k.s / k.alpha).square().clamp_min(1)
+    return weight
 
 
 def map_loss(problem, row, legs, net, trip):
@@ -151,10 +153,9 @@ def map_loss(problem, row, legs, net, trip):
     X = convert(problem, out.detach().float(), "data", b)
     X_tgt = (tangent_target if row.tangent == "jvp" else trajectory_target)(problem, row, legs, trip, X)
     if len(stay) and row.first != "data":
-        X_tgt[stay] = legs.teacher(b.rows(stay)).detach().float()
+        X_tgt[stay] = legs.teacher(b.rows(stay)).float()
     wanted = convert(problem._replace(prediction="data"), X_tgt, problem.prediction, b)
-    weight = loss_weight(problem, b.t, out.ndim) * least_weight(problem, b.t, out.ndim)
-    loss = (weight * (out.float() - wanted) ** 2).flatten(1).mean(1)
+    loss = (map_weight(problem, b.t, out.ndim) * (out.float() - wanted) ** 2).flatten(1).mean(1)
     return loss / (loss.detach() + 1e-3) ** row.power
 
 
@@ -202,7 +203,7 @@ def draw_times(row, n, span, g):
 
 
 def draw_trip(problem, row, stream, b, step, intervals=1):
-    """Rows b (x1, z, y and, unless they start at t = 1, x0) with their times, as functions of (seed, step, row of the
+    """Rows b (x0, unless they start at t = 1, x1, z, y) with their times, as functions of (seed, step, row of the
     whole batch) -> Trip. intervals: of the grid that progressive distillation has come to."""
     n, g = stream.batch, generator(stream.seed, step, "times")
     t, r = draw_times(row, n, stream.times, g)
@@ -218,7 +219,8 @@ def draw_trip(problem, row, stream, b, step, intervals=1):
     lam = lam if row.lam == "random" else {"mu": row.mu, "1-mu": 1 - row.mu}.get(row.lam) or float(row.lam)
     s = t - lam * (t - r)
     t, s, r, w = (v[stream.part].float().to(stream.device) for v in (t, s, r, leg_weight(problem, t, s, r)))
-    b = start_at(problem, b, stream.times[1]) if b.x0 is None else problem.noised(b._replace(t=t))[0]
+    free = row.times in DATA_FREE
+    b = start_at(problem, b, stream.times[1]) if free else problem.noised(b._replace(t=t))[0]
     return Trip(b._replace(r=r), s, w, stay[stream.part])
 
 
@@ -227,13 +229,7 @@ def draw_trip(problem, row, stream, b, step, intervals=1):
 
 def parse_flags():
     parser = Parser(__doc__)
-    add = parser.group("teacher")
-    add("--teacher_ckpt", default="out/teacher.pt", help="the teacher's checkpoint")
-    add("--model", default=None, help="if given, must be the teacher's network, such as SiT-XL/2")
-    add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = "
-        "unconditional")
-    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
-        "at which the teacher is guided")
+    add_teacher_flags(parser)
     add = parser.group("the trajectory loss")
     add("--row", type=one_of(ROWS), default="lagrange", help=", ".join(ROWS) + ": a row of the flags up to --mu")
     add("--lam", default=None, help="where the two legs t -> s -> r meet, s = t - lam (t - r): mu, 1-mu, random, or a "
@@ -381,8 +377,7 @@ def main():
         b = stream.draw(step, "map")
         if batches:
             images = next(batches)
-            x0 = None if row.times in DATA_FREE else images.x0
-            b = b._replace(x0=x0, y=images.y, x1=images.x1 if kind else b.x1)
+            b = b._replace(x0=images.x0, y=images.y, x1=images.x1 if kind else b.x1)
         trip = draw_trip(problem, row, stream, b, step, args.grid >> stage)
         trip = trip._replace(share=min(1, (step + 1) / max(1, args.tangent_warmup)))
         for rows in run.pieces(X):
@@ -407,9 +402,7 @@ def draw_picture(path, flow_map, teacher, stream, decode, panels):
     (net, config), (v_star, settings), n = flow_map, teacher, 20
     x1, y = None, choose_labels("balanced", n, stream.num_classes)
     if stream.reference:
-        first = np.linspace(0, len(stream.data.images) - 1, n).astype(np.int64)  # spread out: data may be sorted
-        x1, y = stream.reference.rows(stream.data.images, first, (stream.seed, 0, "picture")), stream.data.labels[first]
-
+        _, x1, y = stream.pictured(n)
     if "teacher" not in panels:
         how = Sampler(50, cfg_scale=config["student"]["cfg_scale"], cfg_interval=config["student"]["cfg_interval"])
         panels["teacher"] = generate(v_star, settings, y, stream.seed, range(n), how, x1, decode)

@@ -67,6 +67,17 @@ def load_named(flag, path, device):
     return net, config
 
 
+def add_teacher_flags(parser):
+    """The flags of every stage that distills a teacher."""
+    add = parser.group("teacher")
+    add("--teacher_ckpt", default="out/teacher.pt", help="the teacher's checkpoint")
+    add("--model", default=None, help="if given, must be the teacher's network, such as SiT-XL/2")
+    add("--cfg_scale", type=number(float, 0), default=1.0, help="guidance of the teacher: 1 = conditional, 0 = "
+        "unconditional")
+    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
+        "at which the teacher is guided")
+
+
 def load_teacher(args, device):
     """--teacher_ckpt -> its network, configuration and problem. Raises UserError where it is none, or where --model or
     the guidance does not fit it."""

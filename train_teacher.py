@@ -102,7 +102,7 @@ def open_data(args, run):
     """-> Images, Reference or None, and the autoencoder or None. The first process downloads, decodes or encodes; the
     others find the result."""
     if args.pairs:
-        return *run.in_turn(lambda: load_pairs(args.pairs, args.interpolant)), None
+        return run.in_turn(lambda: load_pairs(args.pairs, args.interpolant)), None, None
     autoencoder, sha256 = load_autoencoder(args.vae, run.device) if args.vae else (None, None)
     if args.cache_latents:
         data = cache_latents(args, autoencoder, sha256, run)
@@ -156,8 +156,8 @@ def main():
     fingerprint = data.fingerprint()
     run.check_same("data", fingerprint, state and state.get("data"))
     problem = Problem(family(args.interpolant, args.gamma_scale), args.prediction or FAMILIES[args.interpolant].predict,
-                      reference is not None and not args.pairs)
-    config, device = configure(args, problem, data, None if args.pairs else reference), run.device
+                      reference is not None)
+    config, device = configure(args, problem, data, reference), run.device
 
     # The network, its average and its optimizer.
     torch.manual_seed(args.seed)
@@ -188,7 +188,7 @@ def main():
 
     def picture(step):
         if run.rank == 0:
-            draw_picture(run.out / f"samples_{step:07d}.png", ema, config, args.seed, stream, autoencoder)
+            draw_picture(run.out / f"samples_{step:07d}.png", ema, config, stream, autoencoder)
 
     batches = stream.epochs(step, args.antithetic)
     while step < args.iters:
@@ -207,16 +207,15 @@ def main():
     run.say(f"wrote {run.out / 'teacher.pt'}")
 
 
-def draw_picture(path, net, config, seed, stream, autoencoder):
+def draw_picture(path, net, config, stream, autoencoder):
     """Ten rows of samples by 25 steps; on bridges rows of what goes in, what comes out, and the data."""
-    data, classes = stream.data, stream.num_classes
+    if stream.reference:
+        rows, x1, y = stream.pictured(20)
+        images = generate(net, config, y, stream.seed, rows, Sampler(25), x1)
+        return save_picture(path, stack_rows([x1, images, stream.data.images[rows]]))
+    classes = stream.num_classes
     n = 10 * (classes if 0 < classes <= 10 else 10)
-    if "reference" in config:
-        first = np.linspace(0, len(data.images) - 1, n).astype(np.int64)  # spread out: data may be sorted
-        x1, y = stream.reference.rows(data.images, first, (seed, 0, "picture")), data.labels[first] if classes else None
-        images = generate(net, config, y, seed, first, Sampler(25), x1)
-        return save_picture(path, stack_rows([row[:20] for row in (x1, images, data.images[first])]))
-    images = generate(net, config, choose_labels("balanced", n, classes), seed, range(n), Sampler(25),
+    images = generate(net, config, choose_labels("balanced", n, classes), stream.seed, range(n), Sampler(25),
                       decode=autoencoder.decode if autoencoder else None)
     save_picture(path, stack_rows(np.split(images, 10)))
 

@@ -22,11 +22,13 @@ LATENT_SCALE = 0.18215  # makes the latents of Stable Diffusion's autoencoder of
 
 class Images(NamedTuple):
     """images (N,H,W,C) uint8, labels (N,) int64, num_classes (0 = unconditional). With a latent record instead: images
-    (N,2,2,c,h,w) float16, the mean and the log-variance of the latents of image and mirror image."""
+    (N,2,2,c,h,w) float16, the mean and the log-variance of the latents of image and mirror image. noise (N,C,H,W): of
+    pairs, the x1 that an image was made from."""
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
     latent: dict = None
+    noise: np.ndarray = None
 
     @property
     def side(self):
@@ -243,7 +245,7 @@ class Reference(NamedTuple):
         """x1 (b,H,W,C) uint8 for the images `chosen` (B,) of a whole batch, rows `part` of it: a function of the key
         (seed, step, job) and the row."""
         seed, step, job = key
-        if self.kind in ("paired", "pairs"):
+        if self.kind == "paired":
             return self.images[chosen[part]]
         if self.kind == "unpaired":
             g = generator(seed, step, job, "reference")
@@ -279,7 +281,7 @@ def load_reference(name, images, data_dir, say=print):
 
 def load_pairs(path, interpolant):
     """--pairs FILE.npz (sample.py): images and the noise that the teacher made them from (ReFlow, arXiv:2209.03003) ->
-    Images, Reference."""
+    Images."""
     label = f"--pairs {path}"
     images, labels = read_npz(path, "--pairs")
     with reading(label), np.load(path, allow_pickle=False) as npz:
@@ -294,7 +296,7 @@ def load_pairs(path, interpolant):
                         "anew")
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = np.zeros(len(images), np.int64) if labels is None else labels.astype(np.int64)
-    return Images(images, labels, classes), Reference("pairs", noise)
+    return Images(images, labels, classes, noise=noise)
 
 
 def open_data_of(args, run, config):
@@ -366,6 +368,12 @@ class Stream(NamedTuple):
         """A bridge's x1 (b,C,H,W) of these images; key: (step, name)."""
         return to_device(self.reference.rows(self.data.images, chosen, (self.seed, *key), part), self.device)
 
+    def pictured(self, n):
+        """What pictures of a bridge show, spread over the data, which may be sorted -> indices (n,), x1 (n,H,W,C) uint8
+        and labels (n,)."""
+        rows = np.linspace(0, len(self.data.images) - 1, n).astype(np.int64)
+        return rows, self.reference.rows(self.data.images, rows, (self.seed, 0, "picture")), self.data.labels[rows]
+
     def draw_data(self, *key):
         """Real images x0 with their labels y and, on bridges, their x1. key: (step, name, ...)."""
         g = generator(self.seed, *key, "images")
@@ -381,16 +389,17 @@ class Stream(NamedTuple):
         def gather(step):
             chosen = batch_indices(len(self.data.images), self.batch // (1 + pairs), step, self.seed).repeat(1 + pairs)
             mine, key = chosen[self.part], (self.seed, step, "teacher")
-            x1 = self.reference.rows(self.data.images, chosen, key, self.part) if self.reference else None
+            x1 = None if self.data.noise is None else self.data.noise[mine]
+            x1 = self.reference.rows(self.data.images, chosen, key, self.part) if self.reference else x1
             arrays = (None if a is None else torch.from_numpy(np.ascontiguousarray(a))
-                      for a in (self.data.images[mine], x1, self.data.labels[mine]))
+                      for a in (self.data.images[mine], x1))
             return chosen, [a if a is None or self.device.type != "cuda" else a.pin_memory() for a in arrays]
 
         with concurrent.futures.ThreadPoolExecutor(1) as ahead:
             pending = ahead.submit(gather, step)
             while True:
-                chosen, (rows, x1, y) = pending.result()
+                chosen, (rows, x1) = pending.result()
                 pending = ahead.submit(gather, step + 1)
                 yield Batch(x0=self.data.x0(rows, chosen, self.part, self.device, self.seed, step),
-                            x1=x1 if x1 is None else to_device(x1, self.device), y=y.to(self.device, non_blocking=True))
+                            x1=x1 if x1 is None else to_device(x1, self.device), y=self.labels(chosen[self.part]))
                 step += 1
