@@ -26,7 +26,7 @@ from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
 from interpolants import (Batch, Problem, check_log_snr, convert, last_time, loss_weight, prediction_scale,
                           regression_loss, student_input, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import add_teacher_flags, is_flow_map, load_named, load_teacher, noise_levels, student_times
+from sample import add_teacher_flags, is_flow_map, load_named, load_teacher, noise_levels, student_times, uneven_counts
 
 
 class Objective(NamedTuple):
@@ -410,7 +410,7 @@ def main():
     v_psi, trained_v_psi = (guided(net, args.critic_cfg_scale) for net in (psi.net, psi.wrapped))
     side = config["network"]["image_size"]
     stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
-                    (args.t_min, args.t_max), data, reference)
+                    (args.t_min, args.t_max), data, reference, uneven_counts(config))
     row, flow_stream = ROWS[args.flow_row], stream._replace(times=(args.t_min, args.t_init))
     legs = make_legs(problem, row, v_star, G.net, averages[0])
     watched = watch(problem, stream, times, args.seed, time_of_noise_ratio(noise_levels(problem, config), 1.0))

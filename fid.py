@@ -35,7 +35,7 @@ from common.files import check_archive, download, file_sha256, load_checkpoint, 
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image
 from common.run import (Parser, UserError, check_writable, command, first_process, in_turn, number, one_of, progress,
                         start_processes)
-from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named
+from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named, uneven_counts
 
 # What one pass must collect for a metric, and from how many images at least.
 METRICS = {"fid": ("fid", 2), "sfid": ("sfid", 2), "is": ("logits", 10), "kid": ("features", 1000),
@@ -276,11 +276,12 @@ def open_checkpoint(role, path, args, device):
     if decode is None and net.channels not in (1, 3):
         raise UserError(f"{role} {path}: makes {net.channels} channels, images have 1 or 3")
     seed, student = args.seed + (role == "REFERENCE"), config.get("student")
-    labels = choose_labels(args.labels, args.n, net.num_classes, seed)
+    law = "balanced" if args.labels == "data" and not uneven_counts(config) else args.labels
+    labels = choose_labels(args.labels, args.n, config, seed)
     guidance = {"cfg_interval": [0.0, 1.0], **(student or sampler._asdict())}
     record = {"kind": "checkpoint", "sha256": file_sha256(path), "interpolant": config["interpolant"],
               "sampler": "student" if student else sampler.solver, "steps": sampler.steps, "restart": sampler.restart,
-              "diffusion": sampler.diffusion if sampler.solver == "sde" else None, "seed": seed, "labels": args.labels,
+              "diffusion": sampler.diffusion if sampler.solver == "sde" else None, "seed": seed, "labels": law,
               "cfg_scale": guidance["cfg_scale"], "cfg_interval": guidance["cfg_interval"], "vae": args.vae,
               "image_size": config.get("latent", config["network"])["image_size"]}
 
@@ -578,7 +579,7 @@ def parse_flags():
     add("--allow_rank_poor", action="store_true", help="compute FID from fewer than 1024 images, for trying things out")
     add("--save_stats", default=None, help="FILE.npz for the statistics of REFERENCE (of SAMPLES if there is none)")
     add("--json", default=None, help="FILE for the record of everything at full precision")
-    add_sampling_flags(parser, n=50000, batch=50)
+    add_sampling_flags(parser, n=50000, batch=50, labels="data")
     args = parser.parse_args()
     for flag, file, ending in (("--save_stats", args.save_stats, ".npz"), ("--json", args.json, "")):
         if file is not None:

@@ -23,7 +23,7 @@ from common.run import Parser, Run, UserError, add_run_flags, command, generator
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
                           start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import add_teacher_flags, choose_labels, generate, load_teacher, noise_levels
+from sample import add_teacher_flags, choose_labels, generate, load_teacher, noise_levels, uneven_counts
 
 
 class Row(NamedTuple):
@@ -88,14 +88,15 @@ class Trip(NamedTuple):
 @torch.no_grad()
 def trajectory_target(problem, row, legs, trip, X):
     """X + (w A + (1 - w) B - X) / k (B,C,H,W), what X(x_t, t, r) (B,C,H,W) is drawn to: the one step t -> r that ends
-    where A's leg t -> s and then B's s -> r do. k is mu where one leg is that short, so that the loss does not fall
-    with it, else 1."""
+    where A's leg t -> s and then B's s -> r do. k is the short leg's share, so that the loss does not fall with it: 1 -
+    w of a short last leg, mu of a short first one (whose w is 0 at r = 0), else 1."""
     b, s, w = trip.b, trip.s, trip.w.reshape(-1, *[1] * (X.ndim - 1))
     target = A = legs.first(b._replace(r=s))
     if row.lam != "1":
         B = legs.second(b._replace(x_t=ddim(problem, A, b, s), t=s))
         target = w * A + (1 - w) * B
-    return X + (target - X) / (row.mu if "mu" in row.lam else 1)
+    k = {"1-mu": (1 - w).clamp_min(row.mu), "mu": row.mu}.get(row.lam, 1)
+    return X + (target - X) / k
 
 
 @torch.no_grad()
@@ -349,7 +350,7 @@ def main():
         X.load_moments(state["optimizer"], run.out / "flow_map.pt")
         step, state = state["step"], None  # what was read is let go of
     stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
-                    (args.t_min, args.t_max), data, reference)
+                    (args.t_min, args.t_max), data, reference, uneven_counts(config))
     run.begin(step)
     run.say(f"{args.row}{', data-free' * free}: {config['model']}, {config['interpolant']} path, {problem.prediction} "
             f"prediction, {teacher.num_classes} classes; {device}" + f" x {run.world}" * (run.world > 1))
@@ -400,7 +401,7 @@ def draw_picture(path, flow_map, teacher, stream, decode, panels):
     """Twenty samples a row: what bridges start from, 1, 2 and 4 steps of the map, 50 of its teacher, which panels
     keeps."""
     (net, config), (v_star, settings), n = flow_map, teacher, 20
-    x1, y = None, choose_labels("balanced", n, stream.num_classes)
+    x1, y = None, choose_labels("balanced", n, config)
     if stream.reference:
         _, x1, y = stream.pictured(n)
     if "teacher" not in panels:

@@ -28,6 +28,9 @@ from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Pro
 from model import guided, load_model
 
 
+LABELS = ("data", "balanced", "uniform", "random")  # the last is an older name of uniform
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a checkpoint to images
 
@@ -135,23 +138,40 @@ def first_noise(net, config, seed, indices):
     return torch.stack([torch.randn(shape, generator=generator(seed, int(i), "image")) for i in indices])
 
 
-def choose_labels(spec, n, num_classes, seed=0):
-    """random | balanced | a comma-separated list, repeated to length n -> (n,) int64 array; zeros without classes."""
-    if num_classes == 0:
-        if spec not in ("random", "balanced"):
+def uneven_counts(config):
+    """How many images of each class the teacher learnt from, None where all alike or unknown."""
+    counts = config.get("class_counts")
+    return counts if counts and min(counts) < max(counts) else None
+
+
+def find_classes(flag, wanted, config):
+    """Classes by name, or by place where names are no numbers -> their labels (n,) int64. flag begins the error."""
+    numbers = [str(i) for i in range(config["network"]["num_classes"])]
+    names = config.get("classes") or numbers
+    places = {} if all(name.isdigit() for name in names) else dict(zip(numbers, range(len(names))))
+    places.update(zip(names, range(len(names))))
+    labels = [places.get(str(name).strip()) for name in wanted]
+    if None in labels:
+        raise UserError(f"{flag}: this checkpoint has no class {wanted[labels.index(None)]}, only "
+                        f"{numbers[0] + ' to ' + numbers[-1] if names == numbers else ', '.join(names)[:200]}")
+    return np.array(labels, np.int64)
+
+
+def choose_labels(spec, n, config, seed=0):
+    """data (as often as in the teacher's data; balanced where those are or are unknown) | balanced | uniform | a
+    comma-separated list of classes, repeated to length n -> (n,) int64 array; zeros without classes."""
+    K, counts = config["network"]["num_classes"], uneven_counts(config)
+    if K == 0:
+        if spec not in LABELS:
             raise UserError(f"--labels {spec}: this checkpoint has no classes")
         return np.zeros(n, np.int64)
-    if spec == "random":  # label i, too, is a function of (seed, i)
-        return np.array([int(torch.randint(num_classes, (), generator=generator(seed, i, "label"))) for i in range(n)])
-    if spec == "balanced":
-        return np.arange(n) % num_classes
-    try:
-        chosen = np.array([int(part) for part in spec.split(",")])
-    except ValueError:
-        raise UserError(f"--labels {spec}: give random, balanced or numbers such as 3,1,4") from None
-    if chosen.min() < 0 or chosen.max() >= num_classes:
-        raise UserError(f"--labels {spec}: classes of this checkpoint go from 0 to {num_classes - 1}")
-    return np.resize(chosen, n)
+    if spec == "balanced" or spec == "data" and not counts:
+        return np.arange(n) % K
+    if spec in LABELS:  # label i, too, is a function of (seed, i)
+        u = [float(torch.rand((), generator=generator(seed, i, "label"), dtype=torch.float64)) for i in range(n)]
+        shares = np.cumsum(counts if spec == "data" else [1] * K, dtype=np.float64)
+        return np.searchsorted(shares / shares[-1], u, side="right")
+    return np.resize(find_classes(f"--labels {spec}", spec.split(","), config), n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +192,8 @@ def add_sampling_flags(parser, **defaults):
         "that was distilled with): 1 = conditional, 0 = unconditional")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
         "at which a teacher is guided")
-    add("--labels", default="balanced", help="random, balanced, or a list such as 3,1,4 (repeated)")
+    add("--labels", default="balanced", help="data (as often as in the teacher's), balanced, uniform, or a list of "
+        "classes such as 3,1,4 or cat,dog (repeated)")
     add("--seed", type=number(int, 0, 2 ** 63 - 2), default=0, help="image i depends on (seed, i) alone")
     add("--vae", default=None, help="autoencoder that decodes a checkpoint's latents")
     add("--batch", type=number(int, 1), help="images at a time and process")
@@ -246,7 +267,7 @@ def read_starts(args, net, config):
         for flag in ("reference", "truth", "degrade"):
             if getattr(args, flag):
                 raise UserError(f"--{flag} {getattr(args, flag)}: {name} starts from noise, leave it out")
-        return Starts(choose_labels(args.labels, args.n or (100 if args.compare else 64), net.num_classes, args.seed))
+        return Starts(choose_labels(args.labels, args.n or (100 if args.compare else 64), config, args.seed))
     if not args.reference:
         raise UserError(f"--reference is missing: {name} is a bridge ({kind}) and needs images to start from: "
                         "--reference FILE_OR_FOLDER")
@@ -270,10 +291,9 @@ def read_starts(args, net, config):
     x1, truth = x1[:n], None if truth is None else truth[:n]
     if labels is None or net.num_classes == 0:  # the null class, unless --labels says otherwise
         labels = (np.full(n, net.num_classes) if args.labels == "balanced" else
-                  choose_labels(args.labels, n, net.num_classes, args.seed))
-    elif labels.max() >= net.num_classes:
-        raise UserError(f"--reference {args.reference}: has label {labels.max()}, classes of this checkpoint go to "
-                        f"{net.num_classes - 1}")
+                  choose_labels(args.labels, n, config, args.seed))
+    else:
+        labels = find_classes(f"--reference {args.reference}", labels, config)
     return Starts(labels[:n].astype(np.int64), degrade(kind, truth, args.seed) if args.degrade else x1, truth)
 
 
@@ -390,7 +410,7 @@ def main():
         save_file(out / "labels.txt", lambda f: f.write("".join(f"{label}\n" for label in labels).encode()))
     elif out.suffix.lower() == ".npz":
         more = {} if not args.pairs else {"interpolant": config["interpolant"], "noise": first_noise(
-            net, config, args.seed, range(n)).half().numpy()}
+            net, config, args.seed, range(n)).half().numpy(), "classes": np.array(config.get("classes") or ())}
         save_file(out, lambda f: np.savez(f, arr_0=images, arr_1=labels, **more))
     elif x1 is None:
         save_picture(out, square_grid(images))

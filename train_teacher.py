@@ -48,6 +48,8 @@ def parse_flags():
     add("--data_dir", default="data", help="where downloads and decoded folders are kept")
     add("--image_size", type=number(int, 1), default=None, help="side in pixels (the data's own)")
     add("--skip_broken", action="store_true", help="leave out images of a folder that cannot be read")
+    add("--flip", action="store_true", help="mirror half of the images of each batch (latents always are), with what "
+        "a paired bridge starts from")
     add("--unconditional", action="store_true", help="ignore labels")
     add("--vae", default=None, help="autoencoder of latents: diffusers' diffusion_pytorch_model.safetensors or .bin, "
         "or its folder")
@@ -78,9 +80,9 @@ def parse_flags():
 
 def check_flags(args):
     _, patch = parse_name(args.model)
-    if args.pairs and (args.interpolant == "bridge" or args.vae or args.image_size or args.unconditional):
+    if args.pairs and (args.interpolant == "bridge" or args.vae or args.image_size or args.unconditional or args.flip):
         raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --image_size, --vae, "
-                        "--unconditional and bridges out")
+                        "--unconditional, --flip and bridges out")
     args.data = args.pairs or args.data
     if args.cache_latents and not (args.vae and args.image_size):
         raise UserError(f"--cache_latents {args.cache_latents}: needs --vae and --image_size, the side in pixels")
@@ -109,7 +111,8 @@ def open_data(args, run):
     else:
         data = run.in_turn(lambda: load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken,
                                                run.say))
-    data, patch = data.without_labels() if args.unconditional else data, parse_name(args.model)[1]
+    data = data.without_labels() if args.unconditional else data
+    data, patch = data._replace(flip=args.flip and not data.latent), parse_name(args.model)[1]
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
     if data.side % patch:
         raise UserError(f"--model {args.model}: its patch does not divide the {data.side}x{data.side} images; add "
@@ -135,6 +138,10 @@ def configure(args, problem, data, reference):
                "reference_channels": data.channels if reference and reference.kind != "unpaired" else 0}
     config = {"network": network, "model": args.model, "interpolant": args.interpolant,
               "prediction": problem.prediction, "data": args.data}
+    if data.classes:
+        config.update(classes=list(data.classes), class_counts=np.bincount(data.labels).tolist())
+    if data.flip:
+        config["flip"] = True
     if data.latent:
         config["latent"] = {"autoencoder": data.latent["autoencoder"], "image_size": data.latent["image_size"]}
     if args.interpolant == "bridge":
@@ -175,9 +182,8 @@ def main():
     stream = Stream(args.seed, args.batch, run.part, device, (data.channels, data.side, data.side), data.num_classes,
                     (1e-3, 1 - 1e-3), data, reference)
     run.begin(step)
-    run.say(f"{args.model}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(data.images)} "
-            f"images {data.side}x{data.side}x{data.channels}, {data.num_classes} classes, {args.interpolant} path, "
-            f"{problem.prediction} prediction, {device}" + f" x {run.world}" * (run.world > 1))
+    run.say(f"{args.model}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {data.describe()}, "
+            f"{args.interpolant} path, {problem.prediction} prediction, {device}" + f" x {run.world}" * (run.world > 1))
 
     def save(step):
         moments = v.moments()
@@ -215,7 +221,7 @@ def draw_picture(path, net, config, stream, autoencoder):
         return save_picture(path, stack_rows([x1, images, stream.data.images[rows]]))
     classes = stream.num_classes
     n = 10 * (classes if 0 < classes <= 10 else 10)
-    images = generate(net, config, choose_labels("balanced", n, classes), stream.seed, range(n), Sampler(25),
+    images = generate(net, config, choose_labels("balanced", n, config), stream.seed, range(n), Sampler(25),
                       decode=autoencoder.decode if autoencoder else None)
     save_picture(path, stack_rows(np.split(images, 10)))
 

@@ -202,7 +202,7 @@ def cache_latents(args, autoencoder, sha256, run):
     if pathlib.Path(data).is_dir():
         files, labels, classes = list_folder(data)
         listing = repr([(str(f.relative_to(data)), f.stat().st_size) for f in files]).encode()
-        n, num_classes = len(files), len(classes)
+        n = len(files)
 
         def read(i):
             try:
@@ -211,7 +211,7 @@ def cache_latents(args, autoencoder, sha256, run):
                 error.everywhere = False
                 raise
     else:
-        images, labels, num_classes, _ = load_images(data, args.data_dir, size)
+        images, labels, classes, *_ = load_images(data, args.data_dir, size, say=run.say)
         if images.shape[3] not in (1, 3):
             raise UserError(f"--data {data}: {images.shape[3]} channels, an autoencoder reads 1 or 3")
         n, listing, read = len(images), images.tobytes(), lambda i: np.repeat(images[i], 3 // images.shape[3], -1)
@@ -219,7 +219,9 @@ def cache_latents(args, autoencoder, sha256, run):
     shape, chunks = (n, 2, 2, c, side, side), (n + CHUNK - 1) // CHUNK
     record = {"count": n, "shape": list(shape), "dtype": "float16", "source": str(data), "crop": "centre",
               "listing": hashlib.sha256(listing).hexdigest(), "image_size": size, "autoencoder": sha256,
-              "num_classes": num_classes, "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
+              "num_classes": len(classes), "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
+
+    named = {**record, "classes": list(classes)}  # beside what is compared: older folders have no names
 
     def begin():  # once, by the first process
         check_writable("--cache_latents", directory)
@@ -237,7 +239,7 @@ def cache_latents(args, autoencoder, sha256, run):
         np.lib.format.open_memmap(directory / "latents.npy", "w+", np.float16, shape).flush()
         np.lib.format.open_memmap(directory / "done.npy", "w+", np.uint8, (chunks,)).flush()
         np.save(directory / "labels.npy", labels)
-        write_record(directory / "record.json", {**record, "complete": False})
+        write_record(directory / "record.json", {**named, "complete": False})
 
     first_process(begin, run.rank)
     with reading(flag, "; delete the folder and start again"):
@@ -260,7 +262,7 @@ def cache_latents(args, autoencoder, sha256, run):
     def finish():
         if not np.lib.format.open_memmap(directory / "done.npy", "r").all():
             raise UserError(f"{flag}: some images are not encoded; run the same command again")
-        write_record(directory / "record.json", {**record, "complete": True})
+        write_record(directory / "record.json", {**named, "complete": True})
 
     first_process(finish, run.rank)
     return read_latents(directory)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import checksum, download, gunzip, read_record, reading, write_record
-from common.images import (DEGRADATIONS, check_degradation, degrade, image_files, read_image, read_npz, resize_images,
-                           to_device)
+from common.images import (DEGRADATIONS, check_degradation, degrade, image_files, image_header, read_image, read_npz,
+                           resize_images, to_device)
 from common.run import UserError, check_writable, draw_noise, generator, progress
 from interpolants import Batch
 
@@ -21,14 +21,19 @@ LATENT_SCALE = 0.18215  # makes the latents of Stable Diffusion's autoencoder of
 
 
 class Images(NamedTuple):
-    """images (N,H,W,C) uint8, labels (N,) int64, num_classes (0 = unconditional). With a latent record instead: images
-    (N,2,2,c,h,w) float16, the mean and the log-variance of the latents of image and mirror image. noise (N,C,H,W): of
-    pairs, the x1 that an image was made from."""
+    """images (N,H,W,C) uint8, labels (N,) int64 that count among the names `classes` (none = unconditional). With a
+    latent record instead: images (N,2,2,c,h,w) float16, the mean and the log-variance of the latents of image and
+    mirror image. noise (N,C,H,W): of pairs, the x1 that an image was made from. flip: pixels are mirrored at random."""
     images: np.ndarray
     labels: np.ndarray
-    num_classes: int
+    classes: tuple = ()
     latent: dict = None
     noise: np.ndarray = None
+    flip: bool = False
+
+    @property
+    def num_classes(self):
+        return len(self.classes)
 
     @property
     def side(self):
@@ -47,15 +52,40 @@ class Images(NamedTuple):
         return checksum([list(self.images.shape), self.num_classes, *parts])
 
     def without_labels(self):
-        return self._replace(labels=np.zeros_like(self.labels), num_classes=0)
+        return self._replace(labels=np.zeros_like(self.labels), classes=())
+
+    def among(self, flag, classes):
+        """The same with labels that count among these classes, which name all of its own."""
+        unknown = sorted(set(self.classes) - set(classes))
+        if unknown:
+            raise UserError(f"{flag}: its class {unknown[0]} is none of the teacher's ({', '.join(classes)[:200]})")
+        places = np.array([classes.index(name) for name in self.classes], np.int64)
+        return self._replace(labels=places[self.labels], classes=tuple(classes))
+
+    def describe(self):
+        """For the header of a run: how many images and classes, their names, and how unequal the classes are."""
+        text = f"{len(self.images)} images {self.side}x{self.side}x{self.channels}"
+        if not self.classes:
+            return text + ", no classes"
+        names, counts = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10), np.bincount(self.labels)
+        uneven = f"; {counts.min()} to {counts.max()} images each" if counts.min() < counts.max() else ""
+        return text + f", {len(self.classes)} classes ({names}{uneven})"
+
+    def mirror(self, n, part, device, *key):
+        """Which rows `part` of a whole batch of n are mirrored, (b,) bool, and the generator that goes on from it."""
+        g = generator(*key, "posterior", device=device)
+        return torch.rand(n, generator=g, device=device)[part] < 0.5, g
 
     def x0(self, rows, chosen, part, device, *key):
-        """What networks see, (b,C,H,W) float32 on the device, of rows = images[chosen[part]]. Latents draw mirror and
-        posterior anew each time, as functions of the key and the row of the whole batch `chosen`."""
-        if not self.latent:
+        """What networks see, (b,C,H,W) float32 on the device, of rows = images[chosen[part]], or of what a bridge
+        starts from there. Mirrors, and the posterior of latents, are drawn anew each time, as functions of the key and
+        the row of the whole batch `chosen`."""
+        if not (self.latent or self.flip):
             return to_device(rows, device)
-        g = generator(*key, "posterior", device=device)
-        mirror = torch.rand(len(chosen), generator=g, device=device)[part] < 0.5
+        mirror, g = self.mirror(len(chosen), part, device, *key)
+        if not self.latent:
+            x = to_device(rows, device)
+            return torch.where(mirror[:, None, None, None], x.flip(3), x)
         noise = torch.randn((len(chosen), self.channels, self.side, self.side), generator=g, device=device)[part]
         rows = torch.as_tensor(rows).to(device, non_blocking=True)
         rows = rows[torch.arange(len(mirror), device=device), mirror.long()]  # (b,2,c,h,w)
@@ -98,6 +128,8 @@ IDX_FILES = {  # data set: (address, ((file, bytes, sha256) of the training imag
 }
 CIFAR10_FILE = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", 170052171,
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
+CLASSES = {"fashion_mnist": "T-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,boot".split(","),
+           "cifar10": "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck".split(",")}
 DATA_SETS = ("digits", *IDX_FILES, "cifar10")
 
 
@@ -147,26 +179,29 @@ def list_folder(folder):
 
 
 def read_folder(folder, size, data_dir, skip_broken=False, say=print):
-    """Class subfolders or one flat folder of images -> memmap (N,size,size,3) and labels or None. Decoded once; the
-    next run with the same files, size and data_dir finds the result by a fingerprint of names, lengths and times."""
+    """Class subfolders or one flat folder of images -> memmap (N,size,size,3), of grey images alone (N,size,size,1),
+    labels or None, names of the classes. Decoded once; the next run with the same files, size and data_dir finds the
+    result by a fingerprint of names, lengths and times."""
     files, labels, classes = list_folder(folder)
     size = size or min(read_image(f"--data {folder}", files[0]).shape[:2])
     listing = repr([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size])
     name = f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
-    cache, shape = pathlib.Path(data_dir, name), (len(files), size, size, 3)
+    cache = pathlib.Path(data_dir, name)
     record = read_record(cache.with_suffix(".json"))
     try:
         images = np.load(cache, mmap_mode="r")
-        whole = record and images.dtype == np.uint8 and images.shape == shape
+        whole = "changed" in record and images.dtype == np.uint8 and images.shape[:3] == (len(files), size, size)
     except Exception:  # not there, or damaged in any way: decode again
         whole = False
     if not whole:
         check_writable("--data_dir", cache.parent)
         part, kept, tell = cache.with_suffix(".part"), [], progress(say, "decoding")
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        headers = [image_header(file) for file in files]  # (width, height, grey)
+        channels = 1 if all(grey for _, _, grey in headers) else 3
+        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), size, size, channels))
         for i, file in enumerate(files):
             try:
-                images[len(kept)] = read_image(f"--data {folder}", file, size)
+                images[len(kept)] = read_image(f"--data {folder}", file, size)[..., :channels]
                 kept.append(int(labels[i]) if classes else 0)
             except UserError as error:
                 if not skip_broken:
@@ -178,11 +213,16 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
             part.unlink()
             raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
         images.flush()
-        record = {"labels": kept, "classes": classes, "source": str(folder)}
+        cropped, resized = (sum(test(*h) for h in headers) for test in (
+            lambda width, height, _: width != height, lambda width, height, _: min(width, height) != size))
+        record = {"labels": kept, "classes": classes, "source": str(folder), "changed":
+                  f"{len(kept)} images, {cropped} cropped to their centre, {resized} resized to {size}x{size}, "
+                  + ("all grey: one channel" if channels == 1 else "three channels")}
         write_record(cache.with_suffix(".json"), record)
         part.replace(cache)
+    say(f"{folder}: {record['changed']}")
     images = np.load(cache, mmap_mode="r")[:len(record["labels"])]
-    return images, np.array(record["labels"], np.int64) if record["classes"] else None
+    return images, np.array(record["labels"], np.int64) if record["classes"] else None, record["classes"]
 
 
 def read_latents(directory):
@@ -197,12 +237,13 @@ def read_latents(directory):
             raise ValueError(f"latents of shape {latents.shape}, labels of {labels.shape}")
         if labels.dtype != np.int64 or hashlib.sha256(labels.tobytes()).hexdigest() != record["labels"]:
             raise ValueError("other labels")
-        return Images(latents, np.array(labels), record["num_classes"], record)
+        classes = record.get("classes") or map(str, range(record["num_classes"]))
+        return Images(latents, np.array(labels), tuple(classes), record)
 
 
 def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=False, say=print):
     """--data by name or path -> Images. The one reader of training data and of references."""
-    path = pathlib.Path(data)
+    path, names = pathlib.Path(data), CLASSES.get(data)
     if data == "digits":
         images, labels = draw_digits(size=image_size or 24, seed=seed)
     elif data in IDX_FILES:
@@ -216,9 +257,9 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
                             f"{found.latent['image_size']}; leave it out")
         return found
     elif path.is_dir():
-        images, labels = read_folder(path, image_size, data_dir, skip_broken, say)
+        images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
     elif path.is_file() and path.suffix == ".npz":
-        images, labels = read_npz(path)
+        images, labels = read_npz(path, say=say)
     else:
         raise UserError(f"--data {data}: no such data set, .npz file or folder (data sets: {', '.join(DATA_SETS)})")
     size = image_size or min(images.shape[1:3])
@@ -226,10 +267,18 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
         if images.shape[3] > 4:
             raise UserError(f"--image_size {size}: {data} has {images.shape[3]} channels, only images of up to 4 can "
                             "be resized")
+        say(f"{data}: {images.shape[2]}x{images.shape[1]} images cropped to their centre, resized to {size}x{size}")
         images = resize_images(images, size)
+    return label_images(images, labels, names)
+
+
+def label_images(images, labels, names=None, **more):
+    """Images whose labels, whatever whole numbers they are, count from 0 to K-1; names: of labels 0, 1, ..., else a
+    class is named as its label."""
     if labels is None:
-        return Images(images, np.zeros(len(images), np.int64), 0)
-    return Images(images, labels.astype(np.int64), int(labels.max()) + 1)
+        return Images(images, np.zeros(len(images), np.int64), **more)
+    found, labels = np.unique(labels, return_inverse=True)
+    return Images(images, labels.astype(np.int64), tuple(names[i] if names else str(i) for i in found), **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,6 +321,8 @@ def load_reference(name, images, data_dir, say=print):
     else:
         raise UserError(f"--reference {name}: no such degradation ({', '.join(DEGRADATIONS)}), .npz file, folder or "
                         "data set")
+    if x1.shape[3] == 1:  # of a grey folder beside coloured data
+        x1 = np.broadcast_to(x1, (*x1.shape[:3], images.shape[3]))
     if x1.shape[1:] != images.shape[1:]:
         raise UserError(f"--reference {name}: images of shape {x1.shape[1:]}, the data's are {images.shape[1:]}")
     if kind == "paired" and len(x1) != len(images):
@@ -288,15 +339,15 @@ def load_pairs(path, interpolant):
         if not {"noise", "interpolant"} <= set(npz.files):
             raise UserError(f"{label}: holds no noise beside its images; make it with sample.py --pairs")
         noise, made_on = npz["noise"], str(npz["interpolant"])
+        names = npz["classes"].tolist() if "classes" in npz else None
     if made_on != interpolant:
         raise UserError(f"{label}: was made on the {made_on:.20} path; add --interpolant {made_on:.20}, or make it "
                         "anew")
     if noise.dtype not in (np.float16, np.float32) or noise.shape != tuple(images.shape[i] for i in (0, 3, 1, 2)):
         raise UserError(f"{label}: {noise.dtype} noise of shape {noise.shape} for images of {images.shape}; make it "
                         "anew")
-    classes = 0 if labels is None else int(labels.max()) + 1
-    labels = np.zeros(len(images), np.int64) if labels is None else labels.astype(np.int64)
-    return Images(images, labels, classes, noise=noise)
+    found = label_images(images, labels, names, noise=noise)
+    return found.among(label, names) if names else found
 
 
 def open_data_of(args, run, config):
@@ -308,9 +359,12 @@ def open_data_of(args, run, config):
     side, channels, classes = net["image_size"], net["channels"], net["num_classes"]
     data = run.in_turn(lambda: load_images(args.data, args.data_dir, None if config.get("latent") else side, args.seed,
                                            say=run.say))
+    if data.classes and config.get("classes"):
+        data = data.among(f"--data {args.data}", config["classes"])
     if (data.channels, data.side) != (channels, side) or classes and data.num_classes not in (0, classes):
         raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, "
                         f"the teacher has {side}x{side}x{channels} and {classes}")
+    data = data._replace(flip=config.get("flip", False))
     if data.latent and config.get("latent", {}).get("autoencoder") not in (None, data.latent["autoencoder"]):
         raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
     if not kind:
@@ -341,7 +395,8 @@ def batch_indices(n, batch, step, seed):
 
 class Stream(NamedTuple):
     """Everything random of a run, as functions of (seed, step, key, row of the whole batch): any number of processes
-    sees what one would. part: this process' rows; shape: (C,H,W); times: the range of t."""
+    sees what one would. part: this process' rows; shape: (C,H,W); times: the range of t; counts: how often to draw a
+    class, all alike if None."""
     seed: int
     batch: int
     part: slice
@@ -351,13 +406,18 @@ class Stream(NamedTuple):
     times: tuple
     data: Optional[Images] = None
     reference: Optional[Reference] = None
+    counts: Optional[list] = None
 
     def draw(self, *key):
         """Fresh x1, z, t and labels y. key: (step, name, ...)."""
         x1, z, u = draw_noise((self.batch, *self.shape), self.part, self.device, self.seed, *key)
         g = generator(self.seed, *key, "labels", device=self.device)
-        y = torch.randint(max(1, self.num_classes), (self.batch,), generator=g, device=self.device)[self.part]
-        return Batch(x1=x1, z=z, t=self.times[0] + (self.times[1] - self.times[0]) * u, y=y)
+        if self.counts:
+            shares = torch.tensor(self.counts, dtype=torch.float32, device=self.device)
+            y = torch.multinomial(shares, self.batch, replacement=True, generator=g)
+        else:
+            y = torch.randint(max(1, self.num_classes), (self.batch,), generator=g, device=self.device)
+        return Batch(x1=x1, z=z, t=self.times[0] + (self.times[1] - self.times[0]) * u, y=y[self.part])
 
     def labels(self, chosen):
         """Labels of real images, the null class where they have none."""
@@ -367,6 +427,13 @@ class Stream(NamedTuple):
     def references(self, chosen, key, part=slice(None)):
         """A bridge's x1 (b,C,H,W) of these images; key: (step, name)."""
         return to_device(self.reference.rows(self.data.images, chosen, (self.seed, *key), part), self.device)
+
+    def seen(self, rows, x1, chosen, *key):
+        """What networks see of images and of what bridges start from, if any: one is mirrored with the other."""
+        x0 = self.data.x0(rows, chosen, self.part, self.device, self.seed, *key)
+        if x1 is None or self.reference is None or self.reference.kind == "unpaired":
+            return x0, x1 if x1 is None else to_device(x1, self.device)
+        return x0, self.data.x0(x1, chosen, self.part, self.device, self.seed, *key)
 
     def pictured(self, n):
         """What pictures of a bridge show, spread over the data, which may be sorted -> indices (n,), x1 (n,H,W,C) uint8
@@ -379,8 +446,9 @@ class Stream(NamedTuple):
         g = generator(self.seed, *key, "images")
         chosen = torch.randint(len(self.data.images), (self.batch,), generator=g).numpy()
         mine = chosen[self.part]
-        x0 = self.data.x0(self.data.images[mine], chosen, self.part, self.device, self.seed, *key)
-        x1 = self.references(chosen, (key[0], "-".join(map(str, key[1:]))), self.part) if self.reference else None
+        name = (self.seed, key[0], "-".join(map(str, key[1:])))
+        x1 = self.reference.rows(self.data.images, chosen, name, self.part) if self.reference else None
+        x0, x1 = self.seen(self.data.images[mine], x1, chosen, *key)
         return Batch(x0=x0, x1=x1, y=self.labels(mine))
 
     def epochs(self, step, pairs=False):
@@ -400,6 +468,6 @@ class Stream(NamedTuple):
             while True:
                 chosen, (rows, x1) = pending.result()
                 pending = ahead.submit(gather, step + 1)
-                yield Batch(x0=self.data.x0(rows, chosen, self.part, self.device, self.seed, step),
-                            x1=x1 if x1 is None else to_device(x1, self.device), y=self.labels(chosen[self.part]))
+                x0, x1 = self.seen(rows, x1, chosen, step)
+                yield Batch(x0=x0, x1=x1, y=self.labels(chosen[self.part]))
                 step += 1

@@ -49,6 +49,15 @@ def image_files(label, folder):
     return files
 
 
+def image_header(path):
+    """-> width, height, whether it is grey; of no matter where the file cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return *image.size, image.mode.startswith(("1", "L", "I", "F"))
+    except Exception:  # a broken file can fail in any way; read_image says how
+        return 1, 1, True
+
+
 def read_image(label, path, size=None):
     """Any image file -> (H,W,3) uint8, turned upright and, with size, centre-cropped and resized to a square. Grey,
     palette and CMYK are converted, 16 bits are scaled to 8. Raises UserError, which begins with label, for a broken
@@ -79,9 +88,9 @@ def as_pillow(image):
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
-def read_npz(path, flag="--data"):
+def read_npz(path, flag="--data", say=print):
     """The first of IMAGE_NAMES that is there, for a reference x1 before these -> images (N,H,W,C) uint8 and labels (N,)
-    or None."""
+    or None. Floats in [0, 1] or [-1, 1] become 0 to 255, which say tells."""
     label, names = f"{flag} {path}", (("x1", "y1"),) * (flag == "--reference") + IMAGE_NAMES
     if not zipfile.is_zipfile(path):
         raise UserError(f"{label}: not a readable .npz file")
@@ -93,12 +102,18 @@ def read_npz(path, flag="--data"):
                 raise UserError(f"{label}: no images inside (looked for {', '.join(pair[0] for pair in names)}; found "
                                 f"{', '.join(npz.files) or 'nothing'})")
             images, labels = (npz[name] if name in npz else None for name in found)
+        if images.dtype.kind == "f" and images.size and -1 <= images.min() and images.max() <= 1:  # NaN is neither
+            low = -1 if images.min() < 0 else 0
+            say(f"{label}: {images.dtype} images in [{low}, 1] become 0 to 255")
+            images = ((images.astype(np.float32) - low) * (255 / (1 - low))).round().astype(np.uint8)
         if images.dtype != np.uint8:
-            raise UserError(f"{label}: {found[0]} is {images.dtype}, images must be uint8 (0 to 255)")
+            raise UserError(f"{label}: {found[0]} is {images.dtype}, images must be uint8 (0 to 255), or floats in "
+                            "[0, 1] or [-1, 1]")
         images = images[..., None] if images.ndim == 3 else images
         if images.ndim != 4 or 0 in images.shape or images.shape[3] > min(images.shape[1:3]):
             raise UserError(f"{label}: {found[0]} has shape {images.shape}, expected (N,H,W) or (N,H,W,C), "
                             "channels last")
+        labels = labels[:, 0] if labels is not None and labels.shape == (len(images), 1) else labels
         if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
                                    or labels.max() >= 1000000):
             raise UserError(f"{label}: {found[1]} must be {len(images)} whole numbers from 0 to 999999, found "

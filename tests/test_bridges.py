@@ -158,7 +158,7 @@ def folder(images, tmp_path_factory):
             "data": {"x_train": pixels, "y_train": np.arange(40) % 4}, "pairs": {"x1": 255 - pixels, "x_train": pixels},
             "other": {"images": pixels[:30, ::-1]}, "x1": {"images": 255 - pixels},
             "many": {"images": np.concatenate([pixels, pixels])},
-            "small": {"x1": pixels[:, :4, :4]}, "few": {"x1": pixels[:5]}, "float": {"x1": pixels / 255.0},
+            "small": {"x1": pixels[:, :4, :4]}, "few": {"x1": pixels[:5]}, "float": {"x1": pixels * 1.0},
             "rgb": {"x_train": pixels[..., None].repeat(3, -1)}, "odd": {"x_train": pixels[:, :6, :6]}}.items():
         np.savez(folder / f"{name}.npz", **arrays)
     (folder / "in").mkdir()

@@ -12,6 +12,7 @@ import common.data
 from common.data import Images, Reference, Stream, batch_indices, draw_digits, list_folder, load_images, read_folder
 from common.images import image_files, read_image, read_images, to_device, to_uint8
 from common.run import draw_noise
+from sample import choose_labels
 from test_files import draw, refused
 
 CPU = torch.device("cpu")
@@ -50,6 +51,29 @@ def test_npz(names):
         assert found.labels.dtype == np.int64 and found.num_classes == 3 and found.without_labels().num_classes == 0
         assert load_images("a.npz", image_size=4).images.shape == (6, 4, 4, found.channels)
         assert load_images("b.npz").num_classes == 0
+
+
+def test_labels_of_any_numbers_and_floats_of_either_range():
+    x = draw(6, 8, 8, 1)
+    np.savez("a.npz", x_train=x, y_train=np.array([[900], [100], [100], [0], [0], [0]]))
+    found = load_images("a.npz")
+    assert found.classes == ("0", "100", "900") and list(found.labels) == [2, 1, 1, 0, 0, 0]
+    assert "3 classes (0, 100, 900; 1 to 3 images each)" in found.describe()
+    assert list(found.among("--data", ["900", "cat", "0", "100"]).labels) == [0, 3, 3, 2, 2, 2]
+    refused(found.among, "--data", ["0", "100"], says="class 900 is none")
+    for low, floats in ((0, x / 255), (-1, x / 127.5 - 1)):
+        np.savez("f.npz", images=floats)
+        assert np.array_equal(load_images("f.npz").images, x), low
+
+
+def test_folders_of_grey_images_stay_grey_and_say_what_was_changed():
+    put("g/one.png", Image.fromarray(draw(8, 12)))
+    put("g/two.png", Image.fromarray(draw(8, 8)))
+    said = []
+    found = load_images("g", "cache", 8, say=said.append)
+    assert found.images.shape == (2, 8, 8, 1) and "2 images, 1 cropped" in said[0] and "all grey" in said[0]
+    put("g/three.png")
+    assert load_images("g", "cache", 8).images.shape == (3, 8, 8, 3)
 
 
 def test_bad_npz():
@@ -96,7 +120,7 @@ def test_images_of_all_modes_become_the_same_pixels():
 
 def test_folders_are_decoded_once_and_found_again(monkeypatch):
     count = save_modes("set/b") + save_modes("set/a/deep")
-    images, labels = read_folder(pathlib.Path("set"), 8, "cache")
+    images, labels, _ = read_folder(pathlib.Path("set"), 8, "cache")
     assert images.shape == (count, 8, 8, 3) and isinstance(images, np.memmap)
     assert list(labels) == [0] * (count // 2) + [1] * (count // 2)
     assert json.loads(next(pathlib.Path("cache").glob("*.json")).read_text())["classes"] == ["a", "b"]
@@ -129,7 +153,7 @@ def test_broken_images_are_named_or_skipped():
         refused(read_folder, pathlib.Path("set"), size, "cache", says="set/broken.png")
     assert not pathlib.Path("cache").exists() or not [*pathlib.Path("cache").iterdir()]
     said = []
-    images, _ = read_folder(pathlib.Path("set"), 8, "cache", skip_broken=True, say=said.append)
+    images, *_ = read_folder(pathlib.Path("set"), 8, "cache", skip_broken=True, say=said.append)
     assert len(images) == count and "set/broken.png" in said[0] and "set/cut.png" in said[1]
     for name in os.listdir("set"):
         pathlib.Path("set", name).write_bytes(b"")
@@ -190,8 +214,8 @@ def test_every_batch_covers_all_times():
     torch.testing.assert_close(times.sort().values.diff(), torch.full((7,), 1 / 8))
 
 
-PIXELS = Images(draw(12, 4, 4, 1), np.arange(12) % 3, 3)
-LATENTS = Images(draw(12, 2, 2, 1, 4, 4).astype(np.float16) / 256, np.arange(12) % 3, 3, {"image_size": 32})
+PIXELS = Images(draw(12, 4, 4, 1), np.arange(12) % 3, ("0", "1", "2"))
+LATENTS = PIXELS._replace(images=draw(12, 2, 2, 1, 4, 4).astype(np.float16) / 256, latent={"image_size": 32})
 
 
 @pytest.mark.parametrize("data, reference", [
@@ -214,9 +238,32 @@ def test_draws_are_functions_of_seed_step_key_and_row(data, reference):
     assert 0.2 <= t.min() and t.max() <= 0.9 and set(y.tolist()) <= {0, 1, 2} and x1.shape == z.shape == (8, 1, 4, 4)
 
 
+def test_mirrors_take_what_a_bridge_starts_from_along():
+    twins = Stream(0, 8, slice(0, 8), CPU, (1, 4, 4), 3, (0, 1), PIXELS._replace(flip=True),
+                   Reference("paired", PIXELS.images))
+    for b in (twins.draw_data(0, "x"), next(twins.epochs(0))):
+        assert torch.equal(b.x0, b.x1)
+    plain = next(twins._replace(data=PIXELS).epochs(0)).x0
+    same = [torch.equal(a, p) for a, p in zip(b.x0, plain)]
+    assert set(same) == {True, False} and all(s or torch.equal(a, p.flip(2)) for a, p, s in zip(b.x0, plain, same))
+
+
+def test_labels_are_drawn_as_often_as_they_are_in_the_data():
+    stream = Stream(0, 4000, slice(0, 4000), CPU, (1, 1, 1), 3, (0, 1), counts=[1, 0, 3])
+    config = {"network": {"num_classes": 3}, "classes": ["cat", "dog", "fox"], "class_counts": [1, 0, 3]}
+    for y in (stream.draw(0, "x").y, choose_labels("data", 2000, config)):
+        share = np.bincount(y, minlength=3) / len(y)
+        assert share[1] == 0 and abs(share[2] - 0.75) < 0.03
+    assert abs(np.bincount(choose_labels("uniform", 2000, config)) / 2000 - 1 / 3).max() < 0.04
+    assert list(choose_labels("fox, cat,1", 4, config)) == [2, 0, 1, 2]
+    assert list(choose_labels("data", 4, {**config, "class_counts": [2, 2, 2]})) == [0, 1, 2, 0]
+    refused(choose_labels, "cow", 1, config, says="no class cow, only cat, dog, fox")
+
+
 def test_pairs_leave_no_image_out():
     """--antithetic: an epoch of pairs holds every image twice, side by side."""
-    data = Images(np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2), np.arange(12), 12)
+    images = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+    data = Images(images, np.arange(12), tuple(map(str, range(12))))
     batches = Stream(0, 8, slice(0, 8), CPU, (1, 4, 4), 12, (0, 1), data).epochs(0, pairs=True)
     labels = torch.stack([next(batches).y for _ in range(3)])
     assert torch.equal(labels[:, ::2], labels[:, 1::2])

@@ -98,12 +98,12 @@ def test_the_exact_map_is_the_fixed_point(name, path):
     sizes = {}
     for mu in (0.02, 0.01):
         row = ROWS[name]._replace(mu=mu)
-        short = mu if "mu" in row.lam else 1
         for wrong in (0, 0.1):
             def X(b):
                 return exact_map(problem, b) + wrong * torch.sin(3 * b.x_t + 2 * b.r.reshape(-1, 1, 1, 1))
             trip, now = trip_of(problem, row, b), X(b)
             target = trajectory_target(problem, row, legs_of(problem, row, X), trip, now)
+            short = {"1-mu": (1 - trip.w).reshape(-1, 1, 1, 1), "mu": mu}.get(row.lam, 1)
             sizes[mu, wrong] = float((short * (target - now)).square().mean().sqrt())
     if "teacher" in ROWS[name][1:3]:
         assert sizes[0.02, 0] < 0.05 and 1.6 < sizes[0.02, 0] / sizes[0.01, 0] < 4.4

@@ -220,7 +220,7 @@ def test_latents_are_cached_used_and_decoded(run, folder):
 def test_latents_are_drawn_from_the_posterior_of_image_or_mirror():
     laws = np.array([[1, np.log(0.25)], [-1, np.log(4)]], np.float16)  # mean, log-variance: image, mirror image
     rows, chosen = laws[None, ..., None, None, None].repeat(2000, 0) + np.zeros((4, 8, 8), np.float16), np.arange(2000)
-    data = Images(rows, chosen, 0, {"count": 2000})
+    data = Images(rows, chosen, (), {"count": 2000})
     x0 = data.x0(rows, chosen, slice(0, 2000), torch.device("cpu"), 0, 1) / LATENT_SCALE
     straight = x0.mean((1, 2, 3)) > 0
     assert float(straight.float().mean()) == pytest.approx(0.5, abs=0.05)

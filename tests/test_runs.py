@@ -796,7 +796,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
     "sample": ("--ckpt {teacher} --device cpu", [
         ("--n 0", "at least 1"), ("--steps 0", "--steps 0: must be a whole number of at least 1"),
         ("--solver rk45", ("--solver rk45", "euler, heun, sde, posterior")), ("--diffusion none", "sigma"),
-        ("--labels 4", ("--labels 4", "0 to 3")), ("--labels=-1", "0 to 3"), ("--labels cat", "balanced"),
+        ("--labels 4", ("--labels 4", "0 to 3")), ("--labels=-1", "0 to 3"), ("--labels cat", ("class cat", "0 to 3")),
         ("--cfg_interval 1 0", "below the second"), ("--vae x", "x: no such file"), ("--reference x", "--reference x"),
         ("--truth x", "--truth x"), ("--out file", ("--out file", ".png")), ("--out a.jpg", ("--out a.jpg", ".png")),
         ("--out full", ("--out full", "holiday.jpg")), ("--out file/s.png", "cannot be written"),
