@@ -269,7 +269,7 @@ def open_folder(label, folder, size):
 
 def open_checkpoint(role, path, args, device):
     """Samples of a checkpoint, made as they are asked for: image i depends on (seed, i) alone."""
-    net, config = load_named(role, path, device)
+    net, config = load_named(role, path, device, args.average)
     if config.get("reference"):
         raise UserError(f"{role} {path}: is a bridge; restore images with sample.py --reference and give their .npz")
     sampler, decode = choose_sampler(args, net, config, path), decoder(args.vae, config, device)
@@ -282,6 +282,7 @@ def open_checkpoint(role, path, args, device):
               "sampler": "student" if student else sampler.solver, "steps": sampler.steps, "restart": sampler.restart,
               "diffusion": sampler.diffusion if sampler.solver == "sde" else None, "seed": seed, "labels": args.labels,
               "cfg_scale": guidance["cfg_scale"], "cfg_interval": guidance["cfg_interval"], "vae": args.vae,
+              "average": args.average,
               "image_size": config.get("latent", config["network"])["image_size"]}
 
     def read(start, stop):
@@ -591,7 +592,8 @@ def parse_flags():
     if args.reference is None and not alone.issuperset(args.metrics):
         raise UserError(f"REFERENCE is missing: --metrics {','.join(args.metrics)} needs what to compare with, or, for "
                         "statistics of SAMPLES, fid and sfid with --save_stats FILE.npz")
-    sampling = ("n", "steps", "restart", "solver", "diffusion", "cfg_scale", "cfg_interval", "labels", "vae")
+    sampling = ("n", "steps", "restart", "solver", "diffusion", "cfg_scale", "cfg_interval", "average", "labels",
+                "vae")
     return args, [name for name in sampling if getattr(args, name) != parser.get_default(name)]
 
 
