@@ -276,7 +276,7 @@ def open_checkpoint(role, path, args, device):
     if decode is None and net.channels not in (1, 3):
         raise UserError(f"{role} {path}: makes {net.channels} channels, images have 1 or 3")
     seed, student = args.seed + (role == "REFERENCE"), config.get("student")
-    labels = choose_labels(args.labels, args.n, net.num_classes, seed)
+    labels = choose_labels(args.labels, args.n, net.num_classes, seed, config.get("classes"))
     guidance = {"cfg_interval": [0.0, 1.0], **(student or sampler._asdict())}
     record = {"kind": "checkpoint", "sha256": file_sha256(path), "interpolant": config["interpolant"],
               "sampler": "student" if student else sampler.solver, "steps": sampler.steps, "restart": sampler.restart,

@@ -98,13 +98,16 @@ def load_teacher(args, device):
 
 
 @torch.no_grad()
-def generate(net, config, labels, seed, indices, sampler=Sampler(), x1=None, decode=None):
-    """Images number `indices` of the stream `seed` -> (n,H,W,C) uint8 array. labels (n,) int64 or None.
+def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=None, decode=None):
+    """Images number `indices` (None: 0, 1, ..., one for each label) of the stream `seed` -> (n,H,W,C) uint8 array.
+    labels: (n,) int64, a list of numbers and names, or None. Raises UserError for a name that is no class.
 
     A student's configuration says so and holds its times, of which it takes sampler.steps (all); a flow map takes any
     number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior. x1 (n,H,W,C)
     uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents."""
     problem, device, side = problem_of(config), next(net.parameters()).device, config["network"]["image_size"]
+    labels = number_labels(labels, config.get("classes")) if isinstance(labels, (list, tuple)) else labels
+    indices = range(len(labels)) if indices is None else indices
     streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
 
     def draw(_=None):
@@ -136,7 +139,20 @@ def first_noise(net, config, seed, indices):
     return torch.stack([torch.randn(shape, generator=generator(seed, int(i), "image")) for i in indices])
 
 
-def choose_labels(spec, n, num_classes, seed=0):
+def number_labels(labels, classes=None):
+    """A list of numbers and of names among `classes` (config["classes"], where there are names) -> (n,) array."""
+    def number(label):
+        try:
+            return int(label)
+        except ValueError:
+            if label in (classes or ()):
+                return classes.index(label)
+            names = f" or names such as {', '.join(classes[:3])}" if classes else ""
+            raise UserError(f"--labels {label}: give random, balanced or numbers such as 3,1,4{names}") from None
+    return np.array([number(label) for label in labels])
+
+
+def choose_labels(spec, n, num_classes, seed=0, classes=None):
     """random | balanced | a comma-separated list, repeated to length n -> (n,) int64 array; zeros without classes."""
     if num_classes == 0:
         if spec not in ("random", "balanced"):
@@ -146,10 +162,7 @@ def choose_labels(spec, n, num_classes, seed=0):
         return np.array([int(torch.randint(num_classes, (), generator=generator(seed, i, "label"))) for i in range(n)])
     if spec == "balanced":
         return np.arange(n) % num_classes
-    try:
-        chosen = np.array([int(part) for part in spec.split(",")])
-    except ValueError:
-        raise UserError(f"--labels {spec}: give random, balanced or numbers such as 3,1,4") from None
+    chosen = number_labels(spec.split(","), classes)
     if chosen.min() < 0 or chosen.max() >= num_classes:
         raise UserError(f"--labels {spec}: classes of this checkpoint go from 0 to {num_classes - 1}")
     return np.resize(chosen, n)
@@ -175,7 +188,8 @@ def add_sampling_flags(parser, **defaults):
         "at which a teacher is guided")
     add("--average", type=number(float, 0, 1), default=None, help="decay of the student's average that samples, one of "
         "those of distill.py --ema (the first)")
-    add("--labels", default="balanced", help="random, balanced, or a list such as 3,1,4 (repeated)")
+    add("--labels", default="balanced", help="random, balanced, or a list such as 3,1,4 or, where the "
+        "checkpoint has them, of names (repeated)")
     add("--seed", type=number(int, 0, 2 ** 63 - 2), default=0, help="image i depends on (seed, i) alone")
     add("--vae", default=None, help="autoencoder that decodes a checkpoint's latents")
     add("--batch", type=number(int, 1), help="images at a time and process")
@@ -249,7 +263,8 @@ def read_starts(args, net, config):
         for flag in ("reference", "truth", "degrade"):
             if getattr(args, flag):
                 raise UserError(f"--{flag} {getattr(args, flag)}: {name} starts from noise, leave it out")
-        return Starts(choose_labels(args.labels, args.n or (100 if args.compare else 64), net.num_classes, args.seed))
+        n = args.n or (100 if args.compare else 64)
+        return Starts(choose_labels(args.labels, n, net.num_classes, args.seed, config.get("classes")))
     if not args.reference:
         raise UserError(f"--reference is missing: {name} is a bridge ({kind}) and needs images to start from: "
                         "--reference FILE_OR_FOLDER")
@@ -273,7 +288,7 @@ def read_starts(args, net, config):
     x1, truth = x1[:n], None if truth is None else truth[:n]
     if labels is None or net.num_classes == 0:  # the null class, unless --labels says otherwise
         labels = (np.full(n, net.num_classes) if args.labels == "balanced" else
-                  choose_labels(args.labels, n, net.num_classes, args.seed))
+                  choose_labels(args.labels, n, net.num_classes, args.seed, config.get("classes")))
     elif labels.max() >= net.num_classes:
         raise UserError(f"--reference {args.reference}: has label {labels.max()}, classes of this checkpoint go to "
                         f"{net.num_classes - 1}")
