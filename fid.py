@@ -4,6 +4,7 @@
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,precision,recall --json score.json
     python fid.py mnist --save_stats mnist_stats.npz  # once; later: python fid.py FOLDER mnist_stats.npz
     torchrun --nproc_per_node=8 fid.py out/student.pt cifar10 --samples 50000
+    python fid.py out/student.pt digits --sweep average=0.999,0.9999 labels=balanced,random   # a table of all four
 
 SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0, images or x_train), an .npz of statistics
 (mu, sigma), a data set's name or a checkpoint. Metrics go to stdout, one a line; progress goes to stderr.
@@ -11,6 +12,7 @@ SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0, ima
 import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,16 +35,17 @@ from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images
 from common.files import check_archive, download, file_sha256, load_checkpoint, reading, save_file
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image
-from common.run import (Parser, UserError, check_writable, command, first_process, in_turn, number, one_of, progress,
-                        start_processes)
+from common.run import (Parser, UserError, check_writable, command, first_process, from_first, in_turn, number, one_of,
+                        progress, start_processes)
 from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named, uneven_counts
 
 # What one pass must collect for a metric, and from how many images at least.
-METRICS = {"fid": ("fid", 2), "sfid": ("sfid", 2), "is": ("logits", 10), "kid": ("features", 1000),
+METRICS = {"fid": ("fid", 2), "sfid": ("sfid", 2), "is": ("logits", 10), "kid": ("features", 2),
            "precision": ("features", 4), "recall": ("features", 4)}
 STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # what statistics serve, and their names in a file
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
            95628359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
+SAMPLING = ("steps", "restart", "solver", "diffusion", "cfg_scale", "cfg_interval", "average", "labels", "vae")
 SIDE, POOL, SPATIAL, LOGITS = 299, 2048, 17 * 17 * 7, 1008
 
 
@@ -196,8 +199,9 @@ def inception_input(pixels, resize):
 # Where images come from
 
 class Source(NamedTuple):
-    """n images (0 = none), which read(start, stop) gives in order, (B,H,W,C) uint8 or a list of single ones; a record
-    of what they are; statistics stored in a file, and the number of images these rest on, where it is known."""
+    """n images (0 = none), which read(rows) gives, rows increasing from call to call, as (B,H,W,C) uint8 or a list of
+    single ones; a record of what they are; statistics stored in a file, and the number of images these rest on, where
+    it is known."""
     name: str
     n: int
     read: Optional[Callable]
@@ -214,7 +218,7 @@ class Source(NamedTuple):
 
 
 def open_array(label, archive, name):
-    """An image array inside an .npz -> n, read(start, stop): rows are read once and in order, never all at once."""
+    """An image array inside an .npz -> n, read(rows): rows are read once and in order, never all at once."""
     file = archive.open(f"{name}.npy")
     np.lib.format.read_magic(file)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
@@ -225,12 +229,14 @@ def open_array(label, archive, name):
     if archive.getinfo(file.name).file_size != begin + math.prod(shape):
         raise UserError(f"{label}: {name} claims shape {shape}, which is not what the file holds")
 
-    def read(start, stop):
-        size = math.prod(row_shape)
+    def read_row(row):
+        while (left := begin + row * math.prod(row_shape) - file.tell()) > 0 and file.read(min(left, 1 << 20)):
+            pass  # not sought: from Python 3.13 on that ends the check of the CRC
+        return np.frombuffer(file.read(math.prod(row_shape)), np.uint8).reshape(row_shape)
+
+    def read(rows):
         with reading(label):
-            while (left := begin + start * size - file.tell()) > 0 and file.read(min(left, 1 << 20)):
-                pass  # not sought: from Python 3.13 on that ends the check of the CRC
-            return np.frombuffer(file.read((stop - start) * size), np.uint8).reshape(stop - start, *row_shape)
+            return np.stack([read_row(row) for row in rows])
     return shape[0], read
 
 
@@ -262,32 +268,47 @@ def open_folder(label, folder, size):
     files = image_files(label, folder)
     workers = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count()))  # Pillow decodes outside Python's lock
 
-    def read(start, stop):
-        return list(workers.map(lambda file: read_image(label, file, size), files[start:stop]))
+    def read(rows):
+        return list(workers.map(lambda row: read_image(label, files[row], size), rows))
     return Source(str(folder), len(files), read, {"kind": "folder", "image_size": size})
 
 
 def open_checkpoint(role, path, args, device):
     """Samples of a checkpoint, made as they are asked for: image i depends on (seed, i) alone."""
-    net, config = load_named(role, path, device)
+    net, config = load_named(role, path, device, args.average)
     if config.get("reference"):
         raise UserError(f"{role} {path}: is a bridge; restore images with sample.py --reference and give their .npz")
     sampler, decode = choose_sampler(args, net, config, path), decoder(args.vae, config, device)
     if decode is None and net.channels not in (1, 3):
         raise UserError(f"{role} {path}: makes {net.channels} channels, images have 1 or 3")
-    seed, student = args.seed + (role == "REFERENCE"), config.get("student")
+    seed, student, n = args.seed + (role == "REFERENCE"), config.get("student"), limit(role, args) or 50000
     law = "balanced" if args.labels == "data" and not uneven_counts(config) else args.labels
-    labels = choose_labels(args.labels, args.n, config, seed)
+    labels = choose_labels(args.labels, n, config, seed)
     guidance = {"cfg_interval": [0.0, 1.0], **(student or sampler._asdict())}
     record = {"kind": "checkpoint", "sha256": file_sha256(path), "interpolant": config["interpolant"],
               "sampler": "student" if student else sampler.solver, "steps": sampler.steps, "restart": sampler.restart,
               "diffusion": sampler.diffusion if sampler.solver == "sde" else None, "seed": seed, "labels": law,
               "cfg_scale": guidance["cfg_scale"], "cfg_interval": guidance["cfg_interval"], "vae": args.vae,
+              "average": args.average,
               "image_size": config.get("latent", config["network"])["image_size"]}
 
-    def read(start, stop):
-        return generate(net, config, labels[start:stop], seed, range(start, stop), sampler, decode=decode)
-    return Source(str(path), args.n, read, record)
+    def read(rows):
+        return generate(net, config, labels[rows], seed, rows, sampler, decode=decode)
+    return Source(str(path), n, read, record)
+
+
+def limit(role, args):
+    """How many images of this side are asked for, None where nothing is said."""
+    return role == "REFERENCE" and args.n_reference or args.n
+
+
+def choose_some(source, n):
+    """The source with n of its images at most, always the same. Neither the first, since folders are sorted by class,
+    nor every k-th, since labels may come in turn. Stored statistics stay what they are."""
+    if n is None or n >= source.n:
+        return source
+    chosen, record = np.sort(np.random.default_rng(0).choice(source.n, n, replace=False)), source.record
+    return source._replace(n=n, read=lambda rows: source.read(chosen[rows]), record={**record, "chosen_of": source.n})
 
 
 def open_source(role, name, args, device, size=None):
@@ -296,14 +317,16 @@ def open_source(role, name, args, device, size=None):
     if name in DATA_SETS:
         images = load_images(name, args.data_dir, args.image_size or size).images
         record = {"kind": "data set", "image_size": images.shape[1]}
-        return Source(name, len(images), lambda start, stop: images[start:stop], record)
+        return choose_some(Source(name, len(images), lambda rows: images[rows], record), limit(role, args))
     if path.is_dir():
-        return open_folder(label, path, args.image_size)
+        return choose_some(open_folder(label, path, args.image_size), limit(role, args))
     if not path.is_file():
         raise UserError(f"{label}: no such file, folder or data set (data sets: {', '.join(DATA_SETS)})")
     if path.suffix.lower() in SUFFIXES:
         raise UserError(f"{label}: is one image; give a folder of them")
-    return open_npz(label, path) if path.suffix.lower() == ".npz" else open_checkpoint(role, path, args, device)
+    if path.suffix.lower() != ".npz":
+        return open_checkpoint(role, path, args, device)
+    return choose_some(open_npz(label, path), limit(role, args))
 
 
 def open_sides(args, device, rank):
@@ -359,7 +382,7 @@ def measure(source, needs, ruler, batch, rank=0, world=1):
     tell = progress(say if rank == 0 else lambda text: None, f"{source.name}: images")
     for start in range(rank * batch, source.n, world * batch):
         try:
-            images = source.read(start, min(start + batch, source.n))  # a card still measures those before
+            images = source.read(range(start, min(start + batch, source.n)))  # a card still measures those before
         except UserError as error:
             error.everywhere = False  # the other processes do not know of it
             raise
@@ -418,13 +441,13 @@ def inception_score(logits, splits=10):
 
 def kernel_distance(a, b, subsets=100, size=1000, seed=0):
     """KID (arXiv:1801.01401): unbiased MMD^2 with the kernel (x.y / D + 1)^3 over random subsets of the features a
-    (n,D) and b (m,D) -> mean and standard deviation over the subsets."""
-    rng, results = np.random.default_rng(seed), []
+    (n,D) and b (m,D) -> mean and standard deviation over the subsets, and their size: all where there are fewer."""
+    rng, results, size = np.random.default_rng(seed), [], min(size, len(a), len(b))
     for _ in range(subsets):
         x, y = (torch.from_numpy(f[rng.choice(len(f), size, replace=False)]).double() for f in (a, b))
         xx, yy, xy = ((u @ v.T / x.shape[1] + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
         results.append(float((xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1)) - 2 * xy.mean()))
-    return float(np.mean(results)), float(np.std(results))
+    return float(np.mean(results)), float(np.std(results)), size
 
 
 def squared_distances(x, y):
@@ -470,7 +493,7 @@ def compare(a, b, metrics, device):
     if "is" in metrics:
         values["is"], values["is_std"] = inception_score(a["logits"])
     if "kid" in metrics:
-        values["kid"], values["kid_std"] = kernel_distance(a["features"], b["features"])
+        values["kid"], values["kid_std"], values["kid_subset"] = kernel_distance(a["features"], b["features"])
     if {"precision", "recall"} & set(metrics):
         values["precision"], values["recall"] = precision_recall(a["features"], b["features"], device)
     for name, value in values.items():
@@ -521,14 +544,15 @@ def check_rulers(sides, ruler):
 
 
 def conclude(args, sides, results, ruler, world):
-    """Statistics, metrics and record out of both passes; in the first process."""
+    """Statistics and the record, metrics included, out of both passes; in the first process."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "scipy": scipy.__version__, "pillow": PIL.__version__}
     about = {"weights": ruler.weights, "weights_sha256": ruler.sha256, "resize": ruler.resize, "versions": versions,
              "dtype": "float32, moments and distances float64", "device": str(ruler.device), "processes": world,
              "batch": args.batch}
-    sources = {role.lower(): {"path": side.name, **side.record, "n": side.count(args.metrics[0]),
-                              "pixels_sha256": results[role].get("pixels")} for role, side in sides.items()}
+    sources = describe_sides(args, sides)
+    for role in sides:
+        sources[role.lower()]["pixels_sha256"] = results[role].get("pixels")
     if args.save_stats:
         role = [*sides][-1]
         made = {"source": sources[role.lower()]}  # stored ones stay what they were
@@ -538,25 +562,126 @@ def conclude(args, sides, results, ruler, world):
         save_file(args.save_stats, lambda f: np.savez(f, **kept))
         say(f"wrote {args.save_stats}")
     values = compare(results["SAMPLES"], results.get("REFERENCE", {}), args.metrics, ruler.device)
+    return {**values, "n": sources["samples"]["n"], **sources, **about}
+
+
+def describe_sides(args, sides):
+    return {role.lower(): {"path": side.name, **side.record, "n": side.count(args.metrics[0])}
+            for role, side in sides.items()}
+
+
+def save_json(path, record):
+    save_file(path, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
+
+
+def report(args, record, sides):
     if args.json:
-        record = {**values, "n": sources["samples"]["n"], **sources, **about}
-        save_file(args.json, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
+        save_json(args.json, record)
     for metric in args.metrics:
-        if metric in values:
-            print(describe(metric, values, sides), flush=True)
+        if metric in record:
+            name, value, note = describe(metric, record, sides)
+            print(f"{name} {value}" + f" ({note})" * bool(note), flush=True)
 
 
 def describe(metric, values, sides):
-    """The line of a metric; what cannot stand beside a published figure says so."""
+    """-> a metric's name, its value, and what keeps it from standing beside a published figure, "" if nothing does."""
     n, other = (sides[role].count(metric) if role in sides else None for role in ("SAMPLES", "REFERENCE"))
     name, note, digits = metric, "", 6 if metric == "kid" else 4
     if n is not None and n < 50000:
-        name, note = f"{metric}@{n}", f" (not comparable with {metric.upper().replace('SFID', 'sFID')}-50k)"
+        name, note = f"{metric}@{n}", f"not comparable with {metric.upper().replace('SFID', 'sFID')}-50k"
     elif metric in STORED and other and other < 50000:
-        note = f" (reference of {other} images: not comparable with FID-50k)"
+        note = f"reference of {other} images: not comparable with FID-50k"
+    if metric == "kid" and values["kid_subset"] < 1000:
+        note = f"subsets of {values['kid_subset']}, not 1000: not comparable with KID-50k"
     spread = f" +- {values[metric + '_std']:.{digits}f}" if metric + "_std" in values else ""
-    return f"{name} {values[metric]:.{digits}f}{spread}{note}"
+    return name, f"{values[metric]:.{digits}f}{spread}", note
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many settings of one checkpoint
+
+def combine(parser, words):
+    """The FLAG=A,B,... of --sweep -> [({flag: text}, all flags)] of every combination, each read as if it stood on the
+    command line. Raises UserError."""
+    table = {}
+    for word in words:
+        flag, _, values = word.partition("=")
+        if flag not in (*SAMPLING, "n", "seed") or flag in table or not values:
+            raise UserError(f"--sweep {word}: give FLAG=VALUE,VALUE,... once for each FLAG, which may be n, seed, "
+                            f"{', '.join(SAMPLING)}")
+        table[flag] = values.split(",")
+    found = []
+    for chosen in itertools.product(*table.values()):
+        more = [[f"--{flag}", *text.split()] if flag == "cfg_interval" else [f"--{flag}={text}"]
+                for flag, text in zip(table, chosen)]
+        try:
+            found.append((dict(zip(table, chosen)), parser.parse_args(sys.argv[1:] + sum(more, []))))
+        except UserError as error:
+            raise UserError(f"--sweep: {error}") from None
+    return found
+
+
+def settings_of(record):
+    """What makes a record another measurement: both sides, all but their pixels, and the ruler; as JSON has it."""
+    kept = {key: record.get(key) for key in ("samples", "reference", "weights_sha256", "resize")}
+    for role in ("samples", "reference"):
+        kept[role] = {key: value for key, value in (kept[role] or {}).items() if key != "pixels_sha256"}
+    return json.loads(json.dumps(kept))
+
+
+def read_sweep(path):
+    """The records in a sweep's file, [] where there is none. Raises UserError for a file of anything else."""
+    if not pathlib.Path(path).is_file():
+        return []
+    with reading(f"--json {path}: no record of --sweep", "; choose another file"):
+        records = json.loads(pathlib.Path(path).read_text())["sweep"]
+        if not all(isinstance(value, (int, float)) for r in records for value in map(r.get, METRICS.keys() & r.keys())):
+            raise ValueError("metrics that are no numbers")
+        return [r for r in records if settings_of(r)]
+
+
+def sweep(args, combinations, sides, measured, ruler, rank, world):
+    """Measure SAMPLES in every combination of --sweep that args.json does not hold yet, REFERENCE at most once; print
+    the table. measured(role, side) is a pass over one side."""
+    def open_samples(flags):
+        return in_turn(lambda: open_source("SAMPLES", args.samples, flags, ruler.device), rank)
+
+    for _, flags in combinations:  # a mistake in the last one is told before the first is measured
+        check_side("SAMPLES", open_samples(flags), args)
+    records, others, notes = first_process(lambda: read_sweep(args.json), rank), None, []
+    widths = [max(len(flag), *(len(chosen[flag]) for chosen, _ in combinations)) for flag in combinations[0][0]]
+    widths += [24 if metric in ("is", "kid") else 12 for metric in args.metrics]
+
+    def print_row(cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip(), flush=True)
+    if rank == 0:
+        print_row([*combinations[0][0], *args.metrics])
+    for chosen, flags in combinations:
+        sides = {**sides, "SAMPLES": open_samples(flags)}
+        wanted = settings_of({**describe_sides(args, sides), "weights_sha256": ruler.sha256, "resize": ruler.resize})
+        record = from_first(next((r for r in records or () if settings_of(r) == wanted and r.keys() >= {*args.metrics}),
+                                 None))
+        if record is None:
+            if others is None:
+                others = {role: measured(role, side) for role, side in sides.items() if role != "SAMPLES"}
+            results = {"SAMPLES": measured("SAMPLES", sides["SAMPLES"]), **others}
+
+            def finish():
+                record = {"flags": chosen, **conclude(args, sides, results, ruler, world)}
+                records[:] = [r for r in records if settings_of(r) != wanted] + [record]
+                save_json(args.json, {"sweep": records})
+                return record
+            record = first_process(finish, rank)
+        if rank == 0:
+            cells = [describe(metric, record, sides) for metric in args.metrics]
+            print_row([*chosen.values(), *(value for _, value, _ in cells)])
+            notes += [f"{name}: {note}" for name, _, note in cells if note]
+    if rank == 0:
+        print(*dict.fromkeys(notes), f"wrote {args.json}", sep="\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags and main
 
 def metric_list(text):
     chosen = [one_of(METRICS)(name) for name in text.split(",")]
@@ -564,7 +689,7 @@ def metric_list(text):
 
 
 def parse_flags():
-    """-> the flags, and the names of those given that are for checkpoints alone."""
+    """-> the flags, the names of those given that are for checkpoints alone, and the combinations of --sweep."""
     parser = Parser(__doc__)
     add = parser.group("what is compared")
     add("samples", metavar="SAMPLES", help="what is judged")
@@ -579,8 +704,18 @@ def parse_flags():
     add("--allow_rank_poor", action="store_true", help="compute FID from fewer than 1024 images, for trying things out")
     add("--save_stats", default=None, help="FILE.npz for the statistics of REFERENCE (of SAMPLES if there is none)")
     add("--json", default=None, help="FILE for the record of everything at full precision")
-    add_sampling_flags(parser, n=50000, batch=50, labels="data")
+    add("--n_reference", type=number(int, 1), default=None, help="how many images of REFERENCE; --n is for both sides "
+        "(all there are, by a fixed draw; 50000 of a checkpoint)")
+    add("--sweep", nargs="+", default=None, metavar="FLAG=A,B", help="a table of SAMPLES, a checkpoint, in every "
+        "combination of these values of sampling flags (cfg_interval='0 1,0.2 0.8'); the records are kept in --json "
+        "(NAME_sweep.json beside NAME.pt), and what is there with the same settings is not computed again")
+    add_sampling_flags(parser, batch=50, labels="data")
     args = parser.parse_args()
+    combinations = combine(parser, args.sweep) if args.sweep else []
+    if args.sweep:
+        args.json = args.json or f"{os.path.splitext(args.samples)[0]}_sweep.json"
+        if args.save_stats:
+            raise UserError(f"--save_stats {args.save_stats}: is not for --sweep, leave one out")
     for flag, file, ending in (("--save_stats", args.save_stats, ".npz"), ("--json", args.json, "")):
         if file is not None:
             if pathlib.Path(file).is_dir() or not file.endswith(ending):
@@ -592,12 +727,12 @@ def parse_flags():
     if args.reference is None and not alone.issuperset(args.metrics):
         raise UserError(f"REFERENCE is missing: --metrics {','.join(args.metrics)} needs what to compare with, or, for "
                         "statistics of SAMPLES, fid and sfid with --save_stats FILE.npz")
-    sampling = ("n", "steps", "restart", "solver", "diffusion", "cfg_scale", "cfg_interval", "labels", "vae")
-    return args, [name for name in sampling if getattr(args, name) != parser.get_default(name)]
+    given = [name for name in SAMPLING if getattr(args, name) != parser.get_default(name)]
+    return args, given, combinations
 
 
 def main():
-    args, sampling = parse_flags()
+    args, sampling, combinations = parse_flags()
     rank, world, device = start_processes(args.device)
     torch.backends.cudnn.allow_tf32 = False  # a metric is not the place to save digits
     torch.set_float32_matmul_precision("highest")
@@ -605,15 +740,24 @@ def main():
     if sampling and not any(side.record["kind"] == "checkpoint" for side in sides.values()):
         raise UserError(f"--{sampling[0]} {getattr(args, sampling[0])}: is for samples of a checkpoint, which neither "
                         "side is; leave it out")
+    if args.sweep and sides["SAMPLES"].record["kind"] != "checkpoint":
+        raise UserError(f"--sweep {args.sweep[0]}: is for SAMPLES of a checkpoint, {args.samples} is none")
+    if args.n_reference and not ("REFERENCE" in sides and sides["REFERENCE"].read):
+        raise UserError(f"--n_reference {args.n_reference}: there are no images in REFERENCE to choose from; leave it "
+                        "out")
     needs, ruler = {role: check_side(role, sides[role], args) for role in sides}, Ruler(None, args.resize, device)
     if any(needs.values()):
         weights, sha256 = in_turn(lambda: find_weights(args.weights, args.data_dir), rank)
         ruler = Ruler(load_inception(weights, device), args.resize, device, weights, sha256)
     check_rulers(sides, ruler)
-    results = {role: dict(side.statistics) for role, side in sides.items()}
-    for role in filter(needs.get, sides):
-        results[role].update(measure(sides[role], needs[role], ruler, args.batch, rank, world))
-    first_process(lambda: conclude(args, sides, results, ruler, world), rank)
+
+    def measured(role, side):
+        found = measure(side, needs[role], ruler, args.batch, rank, world) if needs[role] else {}
+        return {**side.statistics, **found}
+    if combinations:
+        return sweep(args, combinations, sides, measured, ruler, rank, world)
+    results = {role: measured(role, side) for role, side in sides.items()}
+    first_process(lambda: report(args, conclude(args, sides, results, ruler, world), sides), rank)
 
 
 if __name__ == "__main__":

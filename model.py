@@ -302,9 +302,22 @@ def build_from(config, net):
     return new
 
 
-def load_model(path, device="cpu"):
+def choose_average(content, average, path):
+    """A checkpoint's content -> its weights averaged with this decay, those of its first average where it is None."""
+    if average is None:
+        return content["ema"]
+    with reading(f"{path}: its averages are unknown here"):
+        table = dict(zip(content.get("decays", ()), [content["ema"], *content.get("other_averages", ())]))
+    if average not in table:
+        known = f"its averages have the decays {', '.join(map(str, table))}, choose one of them" if table else (
+            "it holds one average alone, leave it out")
+        raise UserError(f"{path}: --average {average}: {known}")
+    return table[average]
+
+
+def load_model(path, device="cpu", average=None):
     """A checkpoint of a trainer, or released weights -> (net, config): the averaged network, frozen, and its plain-dict
-    configuration."""
+    configuration. average: the decay of one of a student's averages, None for the first. Raises UserError."""
     content = load_checkpoint(path)
     candidates = (content, content.get("ema"), content.get("model"))
     released = next((w for w in candidates if isinstance(w, dict) and set(LAYOUT) <= w.keys()), None)
@@ -312,10 +325,11 @@ def load_model(path, device="cpu"):
         content = read_released(released, path)
     if not {"config", "ema"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (it has no configuration)")
+    weights = choose_average(content, average, path)
     with reading(f"{path}: its configuration describes no network of this project"):
         if content["config"]["network"]["image_size"] % content["config"]["network"]["patch"]:
             raise ValueError("a patch that does not divide the image")
-        net = build_checked(lambda: build_model(content["config"]), content["ema"], path)
+        net = build_checked(lambda: build_model(content["config"]), weights, path)
     return net.to(device).eval().requires_grad_(False), content["config"]
 
 

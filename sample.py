@@ -3,6 +3,7 @@
     python sample.py --ckpt out/student.pt --n 64 --out samples.png
     python sample.py --ckpt out/teacher.pt --n 10000 --steps 50 --out teacher.npz
     python sample.py --compare out/teacher.pt out/student.pt --out compare.png
+    python sample.py --ckpt out/student.pt --export student.safetensors
     torchrun --nproc_per_node=2 sample.py --ckpt out/student.pt --samples 50000 --out samples.npz
 
 Image i depends on (--seed, i) alone: not on the batch, the device's generator or the number of processes.
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from common.autoencoder import decoder
-from common.files import reading, save_file
+from common.files import reading, save_file, save_safetensors
 from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, read_images, save_picture, side_by_side,
                            square_grid, stack_rows, to_device, to_uint8)
 from common.run import (Parser, UserError, check_writable, command, generator, number, one_of, progress,
@@ -53,10 +54,10 @@ def is_flow_map(config):
     return bool(config.get("student", {}).get("flow_map"))
 
 
-def load_named(flag, path, device):
+def load_named(flag, path, device, average=None):
     """model.load_model, with errors that name the flag, of a configuration that this project's trainers write."""
     try:
-        net, config = load_model(path, device)
+        net, config = load_model(path, device, average)
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
     with reading(f"{flag} {path}: its configuration is unknown here"):
@@ -100,13 +101,17 @@ def load_teacher(args, device):
 
 
 @torch.no_grad()
-def generate(net, config, labels, seed, indices, sampler=Sampler(), x1=None, decode=None):
-    """Images number `indices` of the stream `seed` -> (n,H,W,C) uint8 array. labels (n,) int64 or None.
+def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=None, decode=None):
+    """Images number `indices` (None: 0, 1, ..., one for each label) of the stream `seed` -> (n,H,W,C) uint8 array.
+    labels: (n,) int64, a list of numbers and names, or None. Raises UserError for a name that is no class.
 
     A student's configuration says so and holds its times, of which it takes sampler.steps (all); a flow map takes any
     number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior. x1 (n,H,W,C)
     uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents."""
     problem, device, side = problem_of(config), next(net.parameters()).device, config["network"]["image_size"]
+    if net.num_classes and isinstance(labels, (list, tuple)):
+        labels = find_classes("labels", labels, config)
+    indices = range(len(labels)) if indices is None else indices
     streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
 
     def draw(_=None):
@@ -192,6 +197,8 @@ def add_sampling_flags(parser, **defaults):
         "that was distilled with): 1 = conditional, 0 = unconditional")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
         "at which a teacher is guided")
+    add("--average", type=number(float, 0, 1), default=None, help="decay of the student's average that samples, one of "
+        "those of distill.py --ema (the first)")
     add("--labels", default="balanced", help="data (as often as in the teacher's), balanced, uniform, or a list of "
         "classes such as 3,1,4 or cat,dog (repeated)")
     add("--seed", type=number(int, 0, 2 ** 63 - 2), default=0, help="image i depends on (seed, i) alone")
@@ -267,7 +274,8 @@ def read_starts(args, net, config):
         for flag in ("reference", "truth", "degrade"):
             if getattr(args, flag):
                 raise UserError(f"--{flag} {getattr(args, flag)}: {name} starts from noise, leave it out")
-        return Starts(choose_labels(args.labels, args.n or (100 if args.compare else 64), config, args.seed))
+        n = args.n or (100 if args.compare else 64)
+        return Starts(choose_labels(args.labels, n, config, args.seed))
     if not args.reference:
         raise UserError(f"--reference is missing: {name} is a bridge ({kind}) and needs images to start from: "
                         "--reference FILE_OR_FOLDER")
@@ -300,7 +308,8 @@ def read_starts(args, net, config):
 def compare(args, device):
     """Teacher and student panels with the same labels and seeds, captioned with steps and time; for bridges the input
     comes first and the truth, where it is known, last."""
-    (teacher, config), (student, student_config) = (load_named("--compare", path, device) for path in args.compare)
+    (teacher, config), (student, student_config) = (load_named("--compare", path, device, average) for path, average in
+                                                    zip(args.compare, (None, args.average)))
     if "student" not in student_config or "student" in config:
         raise UserError("--compare TEACHER STUDENT: give the teacher's checkpoint first and the student's second")
     for name in ("image_size", "channels", "num_classes"):
@@ -345,6 +354,8 @@ def parse_flags():
         "PNGs")
     add("--pairs", default=None, help="FILE.npz: a teacher's images as --out writes them, with the noise that they "
         "were made from, for train_teacher.py --pairs")
+    add("--export", default=None, help="FILE.safetensors: write the averaged weights and the configuration there, and "
+        "sample nothing; every script takes it for a checkpoint")
     add_sampling_flags(parser, batch=100)
     add = parser.group("bridges")
     add("--reference", default=None, help="FILE, FOLDER or .npz of images that a bridge starts from")
@@ -358,6 +369,10 @@ def parse_flags():
         if args.compare or not args.pairs.lower().endswith(".npz"):
             raise UserError(f"--pairs {args.pairs}: is for --ckpt TEACHER, choose a name ending in .npz")
         args.out = args.pairs
+    if args.export:
+        if args.compare or args.pairs or not args.export.endswith(".safetensors"):
+            raise UserError(f"--export {args.export}: is for --ckpt FILE alone, choose a name ending in .safetensors")
+        check_writable("--export", pathlib.Path(args.export).parent)
     if args.compare and not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: --compare draws a picture, choose a name ending in .png")
     return args
@@ -365,11 +380,17 @@ def parse_flags():
 
 def main():
     args = parse_flags()
-    check_output(args.out, math.inf if args.reference else args.n or 64)
+    if not args.export:
+        check_output(args.out, math.inf if args.reference else args.n or 64)
     rank, world, device = start_processes(args.device)
     if args.compare:
         return compare(args, device) if rank == 0 else None
-    net, config = load_named("--ckpt", args.ckpt, device)
+    net, config = load_named("--ckpt", args.ckpt, device, args.average)
+    if args.export:
+        if rank == 0:
+            save_safetensors(args.export, config, net.state_dict())
+            print(f"wrote {args.export}")
+        return
     if args.pairs and ("student" in config or config.get("reference") or config.get("latent")):
         raise UserError(f"--pairs {args.pairs}: {args.ckpt} is no teacher that makes pixels from noise; leave it out")
     sampler, decode = choose_sampler(args, net, config, args.ckpt), decoder(args.vae, config, device)

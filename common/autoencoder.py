@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.data import LATENT_SCALE, list_folder, load_images, read_latents
-from common.files import file_sha256, load_checkpoint, load_safetensors, read_record, reading, write_record
+from common.files import file_sha256, load_checkpoint, read_record, reading, write_record
 from common.images import read_image, to_device
 from common.run import UserError, check_writable, first_process, progress, wait_for_all
 from model import build_checked
@@ -139,7 +139,7 @@ def load_autoencoder(path, device="cpu"):
     if not path.is_file():
         raise UserError(f"{path}: no such file; download {path.name} of an autoencoder such as "
                         "stabilityai/sd-vae-ft-ema and name it here")
-    state, renamed = load_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path), {}
+    state, renamed = load_checkpoint(path), {}
     with reading(f"{path}: not the KL autoencoder of Stable Diffusion"):
         for name, value in state.items():
             if ".attentions." in name:

@@ -42,6 +42,11 @@ def reading(label, advice=""):
         raise UserError(f"{label}: {reason}{advice}") from None
 
 
+def raw(tensor):
+    """-> its bytes, a flat uint8 array."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
 def checksum(content):
     """sha256 over a nested dict's or list's keys, values and tensors: notices a flipped bit that still loads."""
     digest = hashlib.sha256()
@@ -49,7 +54,7 @@ def checksum(content):
     def add(value):
         if torch.is_tensor(value):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(raw(value))
         elif isinstance(value, (dict, list, tuple)):
             for part in itertools.chain(*value.items()) if isinstance(value, dict) else (len(value), *value):
                 add(part)
@@ -121,15 +126,38 @@ def save_checkpoint(path, content):
     save_file(path, write)
 
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def save_safetensors(path, config, weights):
+    """A dict of tensors, and the configuration as JSON in the header's metadata: what load_safetensors reads."""
+    metadata = {"format": "pt", "config": json.dumps(config), "checksum": checksum([config, sorted(weights.items())])}
+    header, names, end = {"__metadata__": metadata}, {dtype: name for name, dtype in DTYPES.items()}, 0
+    for name, value in weights.items():
+        offsets = [end, end := end + value.nbytes]
+        header[name] = {"dtype": names[value.dtype], "shape": [*value.shape], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin where any of them may be mapped
+
+    def write(f):
+        f.write(len(text).to_bytes(8, "little") + text)
+        for value in weights.values():
+            f.write(raw(value))
+    save_file(path, write)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 def load_checkpoint(path, mapped=False):
-    """-> dict on the CPU; mapped: its tensors stay on the disk until they are used. Raises UserError for a file that is
-    missing, damaged, no checkpoint, or a pickle with code in it."""
+    """-> dict on the CPU, whether .safetensors or torch's; mapped: its tensors, if torch's, stay on the disk until they
+    are used. Raises UserError for a file that is missing, damaged, no checkpoint, or a pickle with code in it."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
     with reading(path), open(path, "rb") as f:
         if f.read(100).lstrip().startswith(b"<"):
             raise UserError(f"{path}: is a web page, not a checkpoint: a download that went wrong, fetch it again")
@@ -160,13 +188,10 @@ def load_checkpoint(path, mapped=False):
     return content
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
 def load_safetensors(path):
-    """-> dict of tensors on the CPU. The format: 8 bytes of length, a JSON header, raw tensors side by side from the
-    first byte to the last. Every length and offset is checked against the file before it is used."""
+    """-> dict of tensors on the CPU or, of a file by save_safetensors, {"config": dict, "ema": that dict}. The format
+    (github.com/huggingface/safetensors): 8 bytes of length, a JSON header, raw tensors side by side from the first byte
+    to the last. Every length and offset is checked against the file before it is used. Raises UserError."""
     with reading(path), open(path, "rb") as f:
         length, size = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno()).st_size
         if length > min(size, 10_000_000):
@@ -183,7 +208,13 @@ def load_safetensors(path):
             end = stop
         if end != size - 8 - length or len(header) + any(name == "__metadata__" for name, _ in pairs) != len(pairs):
             raise ValueError("bytes that are nobody's, or a name that stands twice")
-    return tensors
+        metadata = dict(dict(pairs).get("__metadata__") or ())
+        if "config" not in metadata:
+            return tensors
+        config = json.loads(metadata["config"])
+        if metadata.get("checksum") not in (None, checksum([config, sorted(tensors.items())])):
+            raise UserError(f"{path}: damaged: its content does not match its checksum; use another copy")
+    return {"config": config, "ema": tensors}
 
 
 def check_archive(path):

@@ -169,13 +169,15 @@ def test_inception_score_of_known_logits():
 def test_kernel_distance():
     rng = np.random.default_rng(0)
     a, b, c = (rng.normal(shift, 1, (300, 8)) for shift in (0, 0, 0.5))
-    same, spread = kernel_distance(a, b, 50, 100)
+    same, spread, _ = kernel_distance(a, b, 50, 100)
     assert abs(same) < 0.1 and spread > 0 and kernel_distance(a, c, 50, 100)[0] > 10 * abs(same)
     # All images in one subset: the estimator written as sums over pairs.
     xx, yy, xy = ((u @ v.T / 8 + 1) ** 3 for u, v in ((a[:30], a[:30]), (c[:30], c[:30]), (a[:30], c[:30])))
     pairs = [(i, j) for i in range(30) for j in range(30) if i != j]
     expected = sum(xx[i, j] + yy[i, j] for i, j in pairs) / 870 - 2 * xy.sum() / 900
-    assert kernel_distance(a[:30], c[:30], 3, 30) == (pytest.approx(expected, rel=1e-9), pytest.approx(0, abs=1e-9))
+    for size in (30, 1000):  # no subset is larger than what there is
+        found = kernel_distance(a[:30], c[:30], 3, size)
+        assert found == (pytest.approx(expected, rel=1e-9), pytest.approx(0, abs=1e-9), 30)
 
 
 def test_precision_and_recall():
@@ -281,9 +283,62 @@ def test_all_metrics_and_a_complete_record(record, quick, monkeypatch):
     found = record("a.npz", "b.npz", *quick, "--metrics", "recall,fid,precision,kid,is,sfid")
     lines = found.pop("out").splitlines()
     assert [line.split()[0] for line in lines] == [f"{metric}@1000" for metric in fid.METRICS] and "+- " in lines[2]
-    assert found.keys() == {*fid.METRICS, *("is_std kid_std n samples reference weights weights_sha256 resize dtype "
-                                            "versions device processes batch kept").split()}
+    assert found.keys() == {*fid.METRICS, *("is_std kid_std kid_subset n samples reference weights weights_sha256 "
+                                            "resize dtype versions device processes batch kept").split()}
     assert found["n"] == 1000 and found["samples"]["sha256"] == fid.file_sha256("a.npz") and found["resize"] == "tf1"
+
+
+def test_fewer_images_of_both_sides_or_of_the_reference(record, quick):
+    """A fixed draw from all of them, whatever holds them; KID with the subsets that there are."""
+    pathlib.Path("folder").mkdir()
+    for i, image in enumerate(np.load("b.npz")["arr_0"]):
+        Image.fromarray(image).save(f"folder/{i:03d}.png")
+    for flags, counts in ((("--n", 20), (20, 20)), (("--n_reference", 30), (40, 30)),
+                          (("--n", 20, "--n_reference", 99), (20, 40))):
+        found = [record("a.npz", name, *quick, *flags, "--metrics", "fid,kid") for name in ("b.npz", "folder")]
+        assert (found[0]["n"], found[0]["reference"]["n"]) == counts and found[0]["kid_subset"] == min(counts)
+        assert found[0]["fid"] == pytest.approx(found[1]["fid"], rel=1e-9)
+        assert f" (subsets of {min(counts)}, not 1000: not comparable with KID-50k)" in found[0]["out"]
+    whole, part = (record("a.npz", "a.npz", *quick, *flags) for flags in ((), ("--n_reference", 20)))
+    assert part["fid"] > whole["fid"] and part["reference"]["chosen_of"] == 40
+    chosen = fid.choose_some(fid.open_npz("", "a.npz"), 20).read(range(20))
+    at = [np.flatnonzero((np.load("a.npz")["arr_0"] == image).all((1, 2, 3)))[0] for image in chosen]
+    assert at == sorted(set(at)) and at[9] < 30 and at[-1] > 30 and len({*np.diff(at)}) > 1  # nor the first, nor even
+
+
+def test_a_sweep_is_a_table_that_goes_on(script, refused, record, quick, small_teacher, tmp_path, monkeypatch):
+    flags, passes, measure = (small_teacher, "b.npz", *quick, "--n", 12, "--batch", 5), [], fid.measure
+    monkeypatch.setattr(fid, "measure", lambda source, *rest: passes.append(source.name) or measure(source, *rest))
+    one = record(*flags, "--steps", 3, "--labels", "random", "--cfg_scale", 2)
+    rows = []
+    for scales, fresh in (("1", 2), ("1,2", 2), ("1,2", 0), ("2,1,2", 0)):  # two each time: two label settings
+        passes.clear()
+        code, out, err = script("fid", *flags, "--steps", 3, "--json", "s.json", "--sweep", f"cfg_scale={scales}",
+                                "labels=random,balanced")
+        assert code == 0, err
+        assert passes == (["b.npz"] + [str(small_teacher)] * fresh) * bool(fresh)
+        rows.append([line.split() for line in out.splitlines()])
+    assert rows[0][0] == ["cfg_scale", "labels", "fid"] and rows[1] == rows[2] and len(rows[1]) == 1 + 4 + 2
+    assert rows[1][3] == ["2", "random", f"{one['fid']:.4f}"]
+    assert " ".join(rows[1][5]) == "fid@12: not comparable with FID-50k"
+    kept = json.loads(pathlib.Path("s.json").read_text())["sweep"]
+    assert [r["flags"] for r in kept] == [{"cfg_scale": s, "labels": l} for s in "12" for l in ("random", "balanced")]
+    passes.clear()
+    for more in (("--n_reference", 20), ("--resize", "torch"), ("--metrics", "fid,kid")):  # other settings
+        assert script("fid", *flags, *more, "--steps", 3, "--json", "s.json", "--sweep", "cfg_scale=2")[0] == 0
+    assert len(passes) == 6
+    copy = pathlib.Path("copy.pt")
+    copy.write_bytes(small_teacher.read_bytes())
+    assert script("fid", copy, *flags[1:], "--sweep", "steps=1")[0] == 0 and pathlib.Path("copy_sweep.json").exists()
+    pathlib.Path("other.json").write_text('{"fid": 3}')
+    for words, says in {"steps": "give FLAG=VALUE", "colour=1": "colour=1: give FLAG", "steps=1 steps=2": "once",
+                        "steps=0": "--sweep: --steps 0: must be", "cfg_scale=1,": "--cfg_scale", "batch=1": "batch=1",
+                        "cfg_interval=0.5 0.2": "--cfg_interval 0.5 0.2", "average=0.9": "one average",
+                        "n=2": "rank-poor", "steps=1 --json other.json": "other.json",
+                        "steps=1 --save_stats s.npz": "--save_stats"}.items():
+        more = [words] if "interval" in words else words.split()
+        passes.clear(), refused("fid", *flags, "--sweep", *more, says=says)
+        assert not passes and pathlib.Path("other.json").read_text() == '{"fid": 3}'
 
 
 def test_adm_reference_batches(record, quick):
@@ -303,7 +358,7 @@ def test_a_checkpoint_is_sampled_on_the_fly(script, record, quick, small_teacher
     assert [about[key] for key in ("n", "steps", "sampler", "seed", "cfg_scale")] == [12, 3, "euler", 5, 1]
     code, _, err = script("sample", "--ckpt", small_teacher, *flags, "--device", "cpu", "--out", "s.npz")
     assert code == 0, err
-    again = record("s.npz", "a.npz", *quick)
+    again = record("s.npz", "a.npz", *quick, "--n", 12)
     assert again["samples"]["pixels_sha256"] == about["pixels_sha256"]
     assert again["fid"] == pytest.approx(found["fid"], rel=1e-7)
     found = record(small_teacher, small_teacher, *quick, *flags)
@@ -366,12 +421,14 @@ def test_bad_input_ends_in_one_line(refused, quick):
         refused("fid", "a.npz", name, POOR, *quick, says=("REFERENCE", name, says))
     for flags, says in {
             "few.npz b.npz": ("5 images", "rank-poor", POOR), "a.npz few.npz": ("REFERENCE", "rank-poor"),
-            "a.npz b.npz --metrics kid": ("40 images", "1000"), "a.npz huge.npz": "not finite",
+            "a.npz one.npz --metrics kid": "at least 2", "a.npz huge.npz": "not finite",
             "a.npz stats.npz --metrics sfid": ("stats.npz", "--metrics fid,sfid --save_stats"),
             "a.npz stats.npz --metrics recall": ("stats.npz", "images themselves"),
             "a.npz negative.npz": ("--metrics fid", "negative eigenvalue"), "a.npz": "REFERENCE is missing",
             "a.npz b.npz --metrics fid,lpips": ("--metrics", "lpips", "choose from"),
-            "a.npz b.npz --n 10": ("--n 10", "checkpoint"), "a.npz --save_stats x.txt": "--save_stats x.txt",
+            "a.npz b.npz --steps 10": ("--steps 10", "checkpoint"), "a.npz b.npz --n 5": ("5 images", "rank-poor"),
+            "a.npz stats.npz --n_reference 9": "--n_reference 9", "a.npz b.npz --sweep steps=1": "--sweep steps=1",
+            "a.npz --save_stats x.txt": "--save_stats x.txt",
             "a.npz --metrics kid,fid --save_stats x.npz": "REFERENCE is missing",
             "a.npz b.npz --metrics kid --save_stats x.npz": "add fid or sfid",
             "a.npz b.npz --json .": "--json .", "a.npz b.npz --weights none.pth": "none.pth"}.items():

@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -30,7 +31,7 @@ import common.files
 from common.autoencoder import Autoencoder, load_autoencoder
 from common.data import CIFAR10_FILE, IDX_FILES, read_cifar10, read_folder, read_idx_set, read_latents
 from common.files import (checksum, download, gunzip, load_checkpoint, load_safetensors, read_record, save_checkpoint,
-                          save_file, write_record)
+                          save_file, save_safetensors, write_record)
 from common.images import read_image, read_images, read_npz, save_picture
 from common.run import CannotWrite, UserError
 from model import SIZES, SiT, load_model
@@ -122,6 +123,12 @@ def safetensors(**first):
     return headed(json.dumps(header).encode(), body)
 
 
+def exported(weights):
+    with tempfile.TemporaryDirectory() as folder:
+        save_safetensors(pathlib.Path(folder, "a"), CONFIG, weights)
+        return pathlib.Path(folder, "a").read_bytes()
+
+
 def idx(*shape, content=bytes(100), start=b"\0\0\x08"):
     return gzip.compress(start + bytes([len(shape)]) + np.array(shape, ">u4").tobytes() + content, mtime=0)
 
@@ -174,6 +181,7 @@ FORMATS = {  # file: (content, how it is read, what is right of it if it is not 
     "a.pt": (CHECKPOINT, load_checkpoint, "content"), "mapped.pt": (CHECKPOINT, mapped, "content"),
     "net.pt": (pt({"config": CONFIG, "ema": WEIGHTS}), network, "content"),
     "SiT.pt": (pt(RELEASED), network, "content"), "old_SiT.pt": (pt(RELEASED, **LEGACY), network, "shapes"),
+    "net.safetensors": (exported(WEIGHTS), network, "content"),
     "a.safetensors": (safetensors(), lambda path: load_autoencoder(path)[0].state_dict(), "shapes"),
     "a.bin": (pt(AUTOENCODER), lambda path: load_autoencoder(path)[0].state_dict(), "content"),
     "a.npz": (ARRAYS, read_npz, "content"), "packed.npz": (packed(ARRAYS), read_npz, "content"),
@@ -214,6 +222,7 @@ def test_what_is_whole_is_read_as_it_was(whole):
     (images, labels), records, (net, config) = read_cifar10("."), draw(5, 3073), load_model("net.pt")
     for value, truth in ((load_checkpoint("b.pt"), STATE), (mapped("b.pt"), STATE), (config, CONFIG),
                          (net.state_dict(), WEIGHTS), (load_safetensors("a.safetensors"), AUTOENCODER),
+                         (load_checkpoint("net.safetensors"), {"config": CONFIG, "ema": WEIGHTS}),
                          (labels, records[:, 0]), (read_idx_set("mnist", "."), [draw(5, 8, 8, 1), draw(5)])):
         assert outline(value) == outline(truth)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
@@ -329,6 +338,11 @@ CLAIMS = {  # file: [(content, what the line says), ...]
         (headed(b"{" + A + b"," + A + b"}"), "stands twice"), (headed(b"{" + A + b"}", b"\0\0"), "nobody's"),
         *((headed(text), "") for text in (b'{"a":' + b"[" * 100000, b"[]", b"12", b"{}")), (b"\xff" * 20, "claims"),
         (headed(bytes(10 ** 7 + 1)), "header claims"), (b"", "")],
+    "net.safetensors": [
+        *((headed(b'{"__metadata__":' + metadata + b"," + A + b"}"), "") for metadata in (
+            b"[]", b"null", b"3", b'{"config":5}', b'{"config":"' + b"[" * 100000 + b'"}', b'{"config":"{}"}')),
+        (safetensors(), "no configuration"), (exported(AUTOENCODER), "do not fit"), (CHECKPOINT, "claims"),
+        (exported(WEIGHTS).replace(b"linear", b"lineal"), "its checksum")],
     "a.bin": [(pt({**AUTOENCODER, name: value}), says) for name, value, says in [
         (f"encoder.down_blocks.0.resnets.{10 ** 7}.x", torch.zeros(1), "layers"), (7, torch.zeros(1), "KL"),
         (CONV, torch.zeros(1, 9999), "fit"), (CONV, torch.zeros(()), "KL")]],
@@ -351,6 +365,21 @@ def test_claims_are_not_believed(name, whole):
     for content, says in CLAIMS[name]:
         line = refused(FORMATS[name][1], put(name, content), says=says)
         assert (name in line or "latents" in name) and (name == "a.npz" or "enough memory" not in line), line
+
+
+def test_safetensors_as_its_own_package_reads_and_writes_them(whole):
+    other = pytest.importorskip("safetensors")
+    from safetensors.torch import load_file, save_file
+    odd = {"b": torch.ones((), dtype=torch.bfloat16), "a": torch.arange(6).view(2, 3).T, "0": torch.zeros(0, 2) > 0}
+    for name, weights in (("net.safetensors", WEIGHTS), ("odd.safetensors", odd)):
+        save_safetensors(name, CONFIG, weights)
+        assert {k: v.tolist() for k, v in load_file(name).items()} == {k: v.tolist() for k, v in weights.items()}
+        with other.safe_open(name, "pt") as f:
+            assert json.loads(f.metadata()["config"]) == CONFIG
+            save_file(load_file(name), "again.safetensors", f.metadata())  # in an order of its own
+        again = load_checkpoint("again.safetensors")
+        assert again["config"] == CONFIG and again["ema"].keys() == weights.keys()
+        assert all(torch.equal(again["ema"][name], value) for name, value in weights.items())
 
 
 def test_pipes_are_not_waited_for_and_not_replaced():

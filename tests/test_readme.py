@@ -12,7 +12,10 @@ from PIL import Image
 import common.data
 import fid
 from common.data import draw_digits
+from common.files import load_checkpoint, save_checkpoint
+from common.run import UserError
 from conftest import ROOT
+from sample import choose_labels
 from test_fid import StandIn
 from test_released import released, small_autoencoder
 
@@ -85,6 +88,27 @@ def test_commands_run_at_tiny_size(script, folder):
             assert code == 0, (page, name, flags, err)
             ran.append(name)
     assert {"train_teacher", "distill", "sample", "score"} <= set(ran) and len(ran) >= 40
+
+
+def test_the_lines_of_python(small_teacher, tmp_path, monkeypatch):
+    """On a student of five classes, whose names and numbers give the same images, as on the command line."""
+    monkeypatch.chdir(tmp_path)
+    state, names, found = load_checkpoint(small_teacher), ["zero", "one", "two", "three", "four"], {}
+    config = {**state["config"], "classes": names, "student": {"times": [0.7], "cfg_scale": 1.0}}
+    config["network"] = {**config["network"], "num_classes": 5}
+    weights, key = dict(state["ema"]), "y_embedder.embedding_table.weight"
+    weights[key] = torch.randn(6, weights[key].shape[1], generator=torch.Generator().manual_seed(0))
+    save_checkpoint("out/student.pt", {"config": config, "ema": weights})
+    block, = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(block, found)
+    net, config, images, generate = (found[name] for name in ("net", "config", "images", "generate"))
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+    np.testing.assert_array_equal(images, generate(net, config, ["three", "one", 4]))
+    np.testing.assert_array_equal(images, generate(net, config, np.array([3, 1, 4]), 0, range(3)))
+    assert (images != generate(net, config, [3, 1, 4], seed=1)).any()
+    assert choose_labels("three,1", 3, config).tolist() == [3, 1, 3]
+    with pytest.raises(UserError, match="labels: this checkpoint has no class ten, only zero, one, two"):
+        generate(net, config, ["ten"])
 
 
 def test_both_first_commands_are_complete():

@@ -699,6 +699,27 @@ def test_labels(runs, small_teacher, tmp_path):
         assert found == expected if expected else len(set(found)) > 1
 
 
+def test_an_export_is_a_checkpoint_with_the_average_that_was_chosen(runs, refused, small_teacher, tmp_path):
+    """The same samples from the file, from the average among others and from it alone; the same teacher for a run."""
+    state, made = load_checkpoint(small_teacher), []
+    student = {**state["config"], **STUDENT}
+    save_checkpoint(tmp_path / "one.pt", {"config": student, "ema": state["ema"]})
+    first = {name: value + 0.01 for name, value in state["ema"].items()}
+    save_checkpoint(tmp_path / "two.pt", {"config": student, "ema": first, "decays": [0.9, 0.9999],
+                                          "other_averages": [state["ema"]]})
+    runs("sample", "--ckpt", tmp_path / "two.pt", "--average", 0.9999, "--export", tmp_path / "e.safetensors")
+    assert not (tmp_path / "samples.png").exists()
+    for name, *flags in (("one.pt",), ("e.safetensors",), ("two.pt", "--average", 0.9999), ("two.pt",)):
+        runs("sample", "--ckpt", tmp_path / name, *flags, "--n", 5, "--out", tmp_path / "s.npz")
+        made.append(np.load(tmp_path / "s.npz")["arr_0"])
+    assert np.array_equal(made[0], made[1]) and np.array_equal(made[0], made[2]) and (made[0] != made[3]).any()
+    runs("sample", "--ckpt", small_teacher, "--export", tmp_path / "t.safetensors")
+    for iters, teacher in ((1, tmp_path / "t.safetensors"), (2, small_teacher)):  # to the run, the same one
+        runs("distill", "--teacher_ckpt", teacher, *SMALL[2:], "--iters", iters, "--out", tmp_path / "run")
+    for name, says in (("two.pt", "--average 0.5: its averages have the decays 0.9, 0.9999"), ("one.pt", "leave it")):
+        refused("sample", "--ckpt", tmp_path / name, "--average", 0.5, says=(name, says))
+
+
 def test_compare_draws_both(runs, checkpoints, tmp_path, monkeypatch):
     """The same labels and seeds; the teacher guided as it was distilled."""
     spy = mock.Mock(side_effect=sample.generate)
@@ -807,7 +828,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--ckpt {map} --pairs p.npz", ("--pairs p.npz", "no teacher")), ("--pairs p.png", "ending in .npz"),
         ("--ckpt {free} --labels 3", "--labels 3: this checkpoint has no classes"),
         ("--ckpt {student} --cfg_scale 4", ("--cfg_scale 4", "distilled into it")),
-        ("--ckpt {student} --solver heun", "--solver heun")]),
+        ("--ckpt {student} --solver heun", "--solver heun"), ("--export e.pt", ("--export e.pt", ".safetensors")),
+        ("--export file/e.safetensors", "cannot be written"), ("--average 0.9", "one average alone")]),
     "sample ": ("--device cpu", [
         ("", "--ckpt FILE or --compare"), ("--compare {teacher} {teacher}", "first"),
         ("--compare {student} {teacher}", "first"), ("--compare {teacher} {student} --out c.npz", ".png"),
