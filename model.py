@@ -52,7 +52,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B,C,H,W) -> (B,T,D)
+        # (B,C,H,W) -> (B,T,D), in that order in memory too: sums keep the order, and every norm would copy another
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -88,7 +89,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B,heads,T,D/heads)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = (u.transpose(1, 2) for u in qkv.unbind(2))  # (B,heads,T,D/heads); backwards one copy, not two
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B,heads,T,D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))  # (B,T,D)
 

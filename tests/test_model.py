@@ -90,6 +90,16 @@ def test_positions_are_the_published_formula():
         torch.testing.assert_close(table[row, column], expected)
 
 
+def test_tokens_are_in_order_in_memory():
+    """Any other order lasts through the residual stream, and every norm copies it."""
+    net, seen = shaken(), []
+    for module in net.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda module, given: seen.append(given[0].is_contiguous()))
+    net(torch.randn(2, 3, 8, 8), torch.rand(2))
+    assert seen == [True] * 7
+
+
 def test_queries_and_keys_are_normalised_when_asked():
     norms = {"blocks.0.attn.q_norm.weight", "blocks.0.attn.k_norm.bias"}
     assert norms <= shaken(qk_norm=True).state_dict().keys() and not norms & shaken().state_dict().keys()
