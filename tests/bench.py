@@ -32,6 +32,8 @@ import scipy
 import scipy.linalg
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -85,7 +87,7 @@ def flops(action):
 
 def forward_flops(model, side, channels, classes=10):
     """Of one network pass over one image."""
-    with torch.device("meta"):
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # whose products are counted
         net, x_t = SiT(*parse_name(model), side, channels, classes), torch.empty(1, channels, side, side)
         return flops(lambda: net(x_t, torch.empty(1)))
 
@@ -369,7 +371,6 @@ def scale(args):
     """What the accelerator makes of SiT on latents: teacher steps and distillation, eager and (on a GPU) compiled in
     the same precision, and one-step samples; peak memory, and the share of the rate of large matrix products."""
     _, _, device = start_processes("auto")
-    torch.set_float32_matmul_precision("high")
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -396,7 +397,7 @@ def scale(args):
                         lambda: ours(teacher, args, *flags, device=device.type))
         student = {**config, "student": {"times": [0.714], "steps": 1, "cfg_scale": 1.0}}
         net, y = net.to(device), np.arange(args.batch) % 10
-        row("one-step samples, float32", 1, lambda: (median(row[0] for row in timed(
+        row("one-step samples", 1, lambda: (median(row[0] for row in timed(
             lambda: generate(net, student, y, 0, range(args.batch)), rounds=3)), peak_memory(device)))
 
 

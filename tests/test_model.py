@@ -112,6 +112,26 @@ def test_queries_and_keys_are_normalised_when_asked():
     torch.testing.assert_close(attn(x), before, rtol=1e-3, atol=1e-4)  # the size of queries and keys is of no account
 
 
+def test_under_autocast_the_last_layer_stays_exact_and_rounded_weights_change_nothing():
+    net, x, t, y = shaken(qk_norm=True), torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 3])
+    net.requires_grad_(False)
+    exact, seen, kept = net(x, t, y), [], {k: v.clone() for k, v in net.state_dict().items()}
+    model.round_weights(net)  # nothing without autocast
+    assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
+    for module in (net.blocks[1].mlp.fc1, net.final_layer.linear):
+        module.register_forward_hook(lambda module, given, out: seen.append((out.dtype, out, given[0])))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net(x, t, y)
+        model.round_weights(net)
+        assert torch.equal(before, net(x, t, y)) and before.dtype == torch.float32
+    assert [dtype for dtype, *_ in seen] == 2 * [torch.bfloat16, torch.float32]
+    last = net.final_layer.linear
+    assert torch.equal(seen[1][1], torch.nn.functional.linear(seen[1][2], last.weight, last.bias))
+    assert net.blocks[0].attn.qkv.weight.dtype == torch.bfloat16 and last.weight.dtype == torch.float32
+    torch.testing.assert_close(before, exact, rtol=0.1, atol=0.02)
+    assert not torch.equal(before, exact)
+
+
 def test_preconditioning_is_applied_around_the_network():
     plain, wrapped = shaken(), shaken(precondition=preconditioning(FAMILIES["ve"]))
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 0.3, 1.0])

@@ -208,6 +208,27 @@ def test_every_row_trains_distills_and_samples(runs, images, tmp_path, row, obje
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 8, 8, 1)
 
 
+def test_a_run_and_its_samples_in_the_precision_of_a_card(runs, flags, images, tmp_path, monkeypatch):
+    """On a CPU: whatever calls a network is in autocast, or the teacher's rounded weights would not fit."""
+    def autocast(device):
+        return torch.autocast("cpu", torch.bfloat16)
+    for module in (common.run, distill, sample):
+        monkeypatch.setattr(module, "precision", autocast)
+    rounded = mock.Mock(side_effect=distill.round_weights)
+    monkeypatch.setattr(distill, "round_weights", rounded)
+    flags = (*flags["distill"], "--out", tmp_path, "--cfg_scale", 2, "--flow_weight", 1, "--flow_row", "lagrange")
+    runs("distill", *flags, "--data", images, "--iters", 2)
+    assert rounded.call_args[0][0].blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert np.isfinite(losses(tmp_path, "distill")).all()
+    runs("distill", *flags, "--data", images, "--iters", 3)  # the teacher is known again
+    made = {v.dtype for v in load_checkpoint(tmp_path / "student.pt")["ema"].values()}
+    net, config = load_model(tmp_path / "student.pt")
+    seen = []
+    net.blocks[0].mlp.fc1.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    sample.generate(net, config, np.arange(2), 0, range(2))
+    assert made == {torch.float32} and seen == [torch.bfloat16]
+
+
 def test_a_log_line_is_never_there_twice(runs, flags, tmp_path):
     """Iterations after the last checkpoint run again after a crash; --fresh runs all of them again."""
     flags = (*flags["train_teacher"], "--out", tmp_path, "--iters")
