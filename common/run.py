@@ -319,7 +319,9 @@ def put_in_training(net, kind, lr, args, **options):
     else:
         optimizer = kind(net.parameters(), **options)
     several = dist.is_initialized() and dist.get_world_size() > 1
-    wrapped = DistributedDataParallel(net, broadcast_buffers=False) if several else net
+    # Gradients live in the buckets that travel: no second copy of them. (Not static_graph: with --accum, an adversarial
+    # loss or a trajectory loss an iteration's graphs differ.)
+    wrapped = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) if several else net
     return Trained(net, wrapped, optimizer, lr)
 
 

@@ -474,7 +474,42 @@ def test_moments_are_dealt_and_buffers_do_not_travel(monkeypatch):
     monkeypatch.setattr(common.run, "DistributedDataParallel", lambda net, **options: options)
     monkeypatch.setattr("torch.distributed.optim.ZeroRedundancyOptimizer", lambda *_, **options: "dealt")
     put = put_in_training(torch.nn.Linear(2, 1), torch.optim.Adam, 0.1, argparse.Namespace(shard=True))
-    assert (put.wrapped, put.optimizer) == ({"broadcast_buffers": False}, "dealt")
+    assert (put.wrapped, put.optimizer) == ({"broadcast_buffers": False, "gradient_as_bucket_view": True}, "dealt")
+
+
+def count_bytes():
+    """Each iteration says what its gradients' all-reduces carried, over what its optimizer steps need."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    real, step, report, sent, needed = put_in_training, Trained.step, Run.report, [], []
+
+    def reduced(group, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return default_hooks.allreduce_hook(group, bucket)
+
+    def put(*args, **options):
+        trained = real(*args, **options)
+        trained.wrapped.register_comm_hook(None, reduced)
+        return trained
+
+    def stepped(self, *rest):
+        needed.append(sum(p.nbytes for p in self.net.parameters() if p.requires_grad))
+        return step(self, *rest)
+
+    def reported(run, *rest):
+        run.say(f"carried {sum(sent) / sum(needed)} of {len(needed)} steps")
+        sent.clear(), needed.clear()
+        report(run, *rest)
+    train_teacher.put_in_training = distill.put_in_training = put
+    Trained.step, Run.report = stepped, reported
+
+
+@unix
+@pytest.mark.parametrize("job, more, steps", [
+    ("train_teacher", "--accum 2", 1), ("distill", "", 4), ("distill", "--accum 2 --flow_weight 1 --reuse_samples", 4)])
+def test_each_gradient_travels_once_for_each_step(flags, tmp_path, job, more, steps):
+    said = Life(tmp_path, job, *flags[job], *more.split(), "--iters", 3, "--out", tmp_path / "run", world=2,
+                change=count_bytes).end()
+    assert re.findall(r"carried (.*) of (\d+) steps", said) == [("1.0", str(steps))] * 3
 
 
 @unix
