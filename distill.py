@@ -25,7 +25,7 @@ from common.run import (Parser, Run, Trained, UserError, add_run_flags, command,
 from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
 from interpolants import (Batch, Problem, check_log_snr, convert, last_time, loss_weight, prediction_scale,
                           regression_loss, student_input, time_of_noise_ratio)
-from model import build_from, ema_update, frozen_copy, guided, load_weights
+from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
 from sample import add_teacher_flags, is_flow_map, load_named, load_teacher, noise_levels, student_times, uneven_counts
 
 
@@ -406,6 +406,8 @@ def main():
     if state:
         players.load(state, run.out / "resume.pt")
         step, state = state["step"], None  # what was read is let go of
+    with precision(device):
+        round_weights(teacher)  # after its checksum, and after those that start from it
     v_star = guided(teacher, args.cfg_scale, args.cfg_interval)
     v_psi, trained_v_psi = (guided(net, args.critic_cfg_scale) for net in (psi.net, psi.wrapped))
     side = config["network"]["image_size"]
@@ -433,11 +435,14 @@ def main():
 
     def picture(step):
         if run.rank == 0:
-            rows = [to_uint8(decode(x) if decode else x) for x in watched.rows(averages[0], v_star, v_psi)]
+            with precision(device):
+                rows = watched.rows(averages[0], v_star, v_psi)
+            rows = [to_uint8(decode(x) if decode else x) for x in rows]
             save_picture(run.out / f"distill_{step:07d}.png", stack_rows(rows))
 
     def facts():
-        return {"spread": float(watched.samples(G.net).std(0).mean())}  # over the samples: falls on collapse
+        with precision(device):
+            return {"spread": float(watched.samples(G.net).std(0).mean())}  # over the samples: falls on collapse
 
     while step < args.iters:
         adversarial = head is not None and step >= args.gan_from

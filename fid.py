@@ -10,6 +10,7 @@ SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0, ima
 (mu, sigma), a data set's name or a checkpoint. Metrics go to stdout, one a line; progress goes to stderr.
 """
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -371,6 +372,19 @@ class Moments:
         return mu.cpu().numpy(), (0.5 * (sigma + sigma.T)).cpu().numpy()
 
 
+@contextlib.contextmanager
+def exact():
+    """float32 in full, on a card too: a metric is not the place to save digits. Samples are made outside of it."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
 @torch.no_grad()
 def measure(source, needs, ruler, batch, rank=0, world=1):
     """One pass over source -> dict of mu, sigma (FID), mu_s, sigma_s (sFID), features (n,2048), logits (n,1008), and
@@ -390,8 +404,9 @@ def measure(source, needs, ruler, batch, rank=0, world=1):
         alike = len({image.shape for image in images}) == 1
         groups = (torch.from_numpy(np.stack(group)).to(ruler.device).permute(0, 3, 1, 2)
                   for group in ([images] if alike else [[image] for image in images]))
-        x = torch.cat([inception_input(group, ruler.resize) for group in groups])  # (B,3,299,299)
-        out = dict(zip(("features", "sfid", "logits"), ruler.net(x)))
+        with exact():
+            x = torch.cat([inception_input(group, ruler.resize) for group in groups])  # (B,3,299,299)
+            out = dict(zip(("features", "sfid", "logits"), ruler.net(x)))
         out["fid"] = out["features"]
         for name in moments:
             moments[name].add(out[name])
@@ -734,8 +749,6 @@ def parse_flags():
 def main():
     args, sampling, combinations = parse_flags()
     rank, world, device = start_processes(args.device)
-    torch.backends.cudnn.allow_tf32 = False  # a metric is not the place to save digits
-    torch.set_float32_matmul_precision("highest")
     sides = open_sides(args, device, rank)
     if sampling and not any(side.record["kind"] == "checkpoint" for side in sides.values()):
         raise UserError(f"--{sampling[0]} {getattr(args, sampling[0])}: is for samples of a checkpoint, which neither "

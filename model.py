@@ -52,7 +52,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B,C,H,W) -> (B,T,D)
+        # (B,C,H,W) -> (B,T,D), in that order in memory too: sums keep the order, and every norm would copy another
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -88,7 +89,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B,heads,T,D/heads)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = (u.transpose(1, 2) for u in qkv.unbind(2))  # (B,heads,T,D/heads); backwards one copy, not two
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B,heads,T,D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))  # (B,T,D)
 
@@ -128,8 +130,10 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B,T,D) -> (B,T,p*p*C)
+        # In float32: data are a noise prediction divided by alpha, off by 0.08 near t = 1 if bf16 rounds it.
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+            return self.linear(modulate(self.norm_final(x), shift, scale))  # (B,T,D) -> (B,T,p*p*C)
 
 
 class SiT(nn.Module):
@@ -212,7 +216,7 @@ class SiT(nn.Module):
                 x = block(x, c)  # (B,T,D)
         if middle:
             return x
-        x = self.final_layer(x, c).float()  # (B,T,p*p*C)
+        x = self.final_layer(x.float(), c.float())  # (B,T,p*p*C)
         x = x.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
         x = -x if self.reverse_time else x
         return x if self.scales is None else c_skip * x_t + c_out * x
@@ -270,6 +274,16 @@ def parse_name(name):
 def frozen_copy(net):
     """A copy that is never trained: for averages, teachers and references."""
     return copy.deepcopy(net).eval().requires_grad_(False)
+
+
+def round_weights(net):
+    """Under autocast, round once, in place, what it would round in every pass: it remembers rounded weights
+    of trained ones alone. This frozen one is for autocast from here on; the last layer is left out of both."""
+    kind = net.pos_embed.device.type
+    for name, module in net.named_modules():
+        rounds = isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("final_layer")
+        if rounds and torch.is_autocast_enabled(kind):
+            module.to(torch.get_autocast_dtype(kind))
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from common.autoencoder import decoder
 from common.files import reading, save_file, save_safetensors
 from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, read_images, save_picture, side_by_side,
                            square_grid, stack_rows, to_device, to_uint8)
-from common.run import (Parser, UserError, check_writable, command, generator, number, one_of, progress,
-                        start_processes, writing)
+from common.run import (Parser, UserError, check_writable, command, generator, number, one_of, precision,
+                        progress, start_processes, writing)
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, follow_map,
                           solve, start_at, student_input, time_grid)
 from model import guided, load_model
@@ -107,7 +107,8 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
 
     A student's configuration says so and holds its times, of which it takes sampler.steps (all); a flow map takes any
     number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior. x1 (n,H,W,C)
-    uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents."""
+    uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents.
+    Networks run in the trainers' precision, decode in float32 (TF32)."""
     problem, device, side = problem_of(config), next(net.parameters()).device, config["network"]["image_size"]
     if net.num_classes and isinstance(labels, (list, tuple)):
         labels = find_classes("labels", labels, config)
@@ -120,20 +121,21 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
     y = None if labels is None or net.num_classes == 0 else torch.as_tensor(labels, device=device)
     noise = draw() if x1 is None or "student" in config else None
     b = Batch(x1=noise if x1 is None else to_device(x1, device), z=draw(), y=y)
-    if is_flow_map(config) and (sampler.steps or 1) > 1:
-        grid = time_grid(problem, sampler.steps)
-        grid = grid * student_times(config)[0] / grid[0]
-        x0 = follow_map(problem, net, start_at(problem, b, float(grid[0])), grid, sampler.restart, draw)
-    elif "student" in config:
-        times = student_times(config)
-        steps = sampler.steps or len(times)
-        times = [times[i * len(times) // steps] for i in range(steps)]  # the first always among them
-        x0 = problem.data(net, student_input(problem, net, times, b, lambda _: (draw(), draw())))
-    else:
-        solver = sampler.solver or ("posterior" if problem.sees_x1 else "euler")
-        sampler = sampler._replace(steps=sampler.steps or 50, solver=solver)
-        b = start_at(problem, b, float(time_grid(problem, sampler.steps)[0]))
-        x0 = solve(problem, guided(net, sampler.cfg_scale, sampler.cfg_interval), b, sampler, draw)
+    with precision(device):
+        if is_flow_map(config) and (sampler.steps or 1) > 1:
+            grid = time_grid(problem, sampler.steps)
+            grid = grid * student_times(config)[0] / grid[0]
+            x0 = follow_map(problem, net, start_at(problem, b, float(grid[0])), grid, sampler.restart, draw)
+        elif "student" in config:
+            times = student_times(config)
+            steps = sampler.steps or len(times)
+            times = [times[i * len(times) // steps] for i in range(steps)]  # the first always among them
+            x0 = problem.data(net, student_input(problem, net, times, b, lambda _: (draw(), draw())))
+        else:
+            solver = sampler.solver or ("posterior" if problem.sees_x1 else "euler")
+            sampler = sampler._replace(steps=sampler.steps or 50, solver=solver)
+            b = start_at(problem, b, float(time_grid(problem, sampler.steps)[0]))
+            x0 = solve(problem, guided(net, sampler.cfg_scale, sampler.cfg_interval), b, sampler, draw)
     return to_uint8(decode(x0) if decode else x0)
 
 

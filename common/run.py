@@ -173,6 +173,7 @@ def start_processes(device="auto", timeout=86400):
                             "use --device cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         kind = f"cuda:{torch.cuda.current_device()}"
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store = None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -254,7 +255,7 @@ def draw_noise(shape, part, device, *key):
 # Optimisation
 
 def precision(device):
-    """bf16 autocast on CUDA, nothing elsewhere."""
+    """bf16 autocast on CUDA, nothing elsewhere: for whatever calls a network, in training and in sampling."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -318,7 +319,9 @@ def put_in_training(net, kind, lr, args, **options):
     else:
         optimizer = kind(net.parameters(), **options)
     several = dist.is_initialized() and dist.get_world_size() > 1
-    wrapped = DistributedDataParallel(net, broadcast_buffers=False) if several else net
+    # Gradients live in the buckets that travel: no second copy of them. (Not static_graph: with --accum, an adversarial
+    # loss or a trajectory loss an iteration's graphs differ.)
+    wrapped = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) if several else net
     return Trained(net, wrapped, optimizer, lr)
 
 
@@ -401,7 +404,6 @@ class Run:
         self.sums, self.norms, self.skipped, self.failures = {}, [], 0, 0
         if from_first(self.out.is_dir()):  # a new folder is made and locked when there is something to write
             first_process(lambda: lock(self.out), self.rank)
-        torch.set_float32_matmul_precision("high")
 
     def say(self, text):
         if self.rank == 0:

@@ -1,6 +1,6 @@
 """Timings, side by side in one process; absolute numbers are this machine's, ratios are what carries over.
 
-    python tests/bench.py iteration     # one distillation iteration against the naive arrangement, units of both
+    python tests/bench.py iteration     # one distillation iteration against the naive arrangement and sgemm's rate
     python tests/bench.py maps          # an iteration of each row of flow_map.py against one of distill.py
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
     python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
@@ -32,6 +32,8 @@ import scipy
 import scipy.linalg
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -85,7 +87,7 @@ def flops(action):
 
 def forward_flops(model, side, channels, classes=10):
     """Of one network pass over one image."""
-    with torch.device("meta"):
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # whose products are counted
         net, x_t = SiT(*parse_name(model), side, channels, classes), torch.empty(1, channels, side, side)
         return flops(lambda: net(x_t, torch.empty(1)))
 
@@ -170,18 +172,24 @@ def count_units(objective, k_psi, *flags):
 
 
 def iteration(args):
+    """The share of sgemm is of this machine's rate for large matrices in the same round."""
     heading(args, f" of {args.iterations} iterations")
+    a, b = torch.randn(2, 1024, 1024)
     for objective, k_psi, *flags in (("cross", 5, "--reuse_samples"), ("cross", 5), ("cross", 1), ("sid", 1)):
-        pairs, units = [], count_units(objective, k_psi, *flags)
+        pairs, rates, units = [], [], count_units(objective, k_psi, *flags)
         with tempfile.TemporaryDirectory() as folder:
             teacher, net, _ = random_teacher(folder, args.model, args.side, args.channels)
             for _ in range(args.rounds):
+                rates.append(2 * 1024 ** 3 / median(row[0] for row in timed(lambda: a @ b, rounds=9)))
                 mine, _ = ours(teacher, args, "--objective", objective, "--k_psi", k_psi, *flags)
                 other = timed(naive(net, args.batch, objective, k_psi), rounds=args.iterations, warm_up=args.iterations)
                 pairs.append((mine, median(seconds for seconds, in other)))
         mine, other = (1000 * median(column) for column in zip(*pairs))
-        print(f"{' '.join([objective, 'k_psi', str(k_psi), *flags])}: {units[0]} units, {mine:.0f} ms; "
-              f"naive {units[1]} units, {other:.0f} ms, {times(pairs)}", flush=True)
+        work = units[0] * args.batch * forward_flops(args.model, args.side, args.channels)
+        share = median(work / seconds / rate for (seconds, _), rate in zip(pairs, rates))
+        print(f"{' '.join([objective, 'k_psi', str(k_psi), *flags])}: {units[0]} units, {mine:.0f} ms, {share:.2f} of "
+              f"sgemm's {median(rates) / 1e9:.1f} GFLOP/s; naive {units[1]} units, {other:.0f} ms, {times(pairs)}",
+              flush=True)
 
 
 def maps(args):
@@ -363,7 +371,6 @@ def scale(args):
     """What the accelerator makes of SiT on latents: teacher steps and distillation, eager and (on a GPU) compiled in
     the same precision, and one-step samples; peak memory, and the share of the rate of large matrix products."""
     _, _, device = start_processes("auto")
-    torch.set_float32_matmul_precision("high")
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -390,7 +397,7 @@ def scale(args):
                         lambda: ours(teacher, args, *flags, device=device.type))
         student = {**config, "student": {"times": [0.714], "steps": 1, "cfg_scale": 1.0}}
         net, y = net.to(device), np.arange(args.batch) % 10
-        row("one-step samples, float32", 1, lambda: (median(row[0] for row in timed(
+        row("one-step samples", 1, lambda: (median(row[0] for row in timed(
             lambda: generate(net, student, y, 0, range(args.batch)), rounds=3)), peak_memory(device)))
 
 

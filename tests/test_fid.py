@@ -370,6 +370,23 @@ def test_a_checkpoint_is_sampled_on_the_fly(script, record, quick, small_teacher
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="nothing here tells the memory in use")
+def test_inception_alone_is_exact():
+    """Samples are made with TF32, which fid.py's whole process may use."""
+    seen, now = [], lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+    def note(result):
+        seen.append(now())
+        return result
+    torch.set_float32_matmul_precision("high")
+    try:
+        source = fid.Source("s", 2, lambda start, stop: note(np.zeros((2, 8, 8, 3), np.uint8)), {})
+        ruler = Ruler(lambda x: note((torch.zeros(2, fid.POOL),) * 3), "tf1", torch.device("cpu"))
+        fid.measure(source, {"features"}, ruler, 2)
+        assert seen == [("high", True), ("highest", False)] and now() == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_memory_does_not_grow_with_the_number_of_images(quick):
     """1,600 images of 12 KiB and their features of 4 KiB are nowhere kept."""
     np.savez("many.npz", arr_0=np.zeros((2000, 64, 64, 3), np.uint8))

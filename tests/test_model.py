@@ -90,6 +90,16 @@ def test_positions_are_the_published_formula():
         torch.testing.assert_close(table[row, column], expected)
 
 
+def test_tokens_are_in_order_in_memory():
+    """Any other order lasts through the residual stream, and every norm copies it."""
+    net, seen = shaken(), []
+    for module in net.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda module, given: seen.append(given[0].is_contiguous()))
+    net(torch.randn(2, 3, 8, 8), torch.rand(2))
+    assert seen == [True] * 7
+
+
 def test_queries_and_keys_are_normalised_when_asked():
     norms = {"blocks.0.attn.q_norm.weight", "blocks.0.attn.k_norm.bias"}
     assert norms <= shaken(qk_norm=True).state_dict().keys() and not norms & shaken().state_dict().keys()
@@ -100,6 +110,26 @@ def test_queries_and_keys_are_normalised_when_asked():
         attn.qkv.weight[:128] *= 3
         attn.qkv.bias[:128] *= 3
     torch.testing.assert_close(attn(x), before, rtol=1e-3, atol=1e-4)  # the size of queries and keys is of no account
+
+
+def test_under_autocast_the_last_layer_stays_exact_and_rounded_weights_change_nothing():
+    net, x, t, y = shaken(qk_norm=True), torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 3])
+    net.requires_grad_(False)
+    exact, seen, kept = net(x, t, y), [], {k: v.clone() for k, v in net.state_dict().items()}
+    model.round_weights(net)  # nothing without autocast
+    assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
+    for module in (net.blocks[1].mlp.fc1, net.final_layer.linear):
+        module.register_forward_hook(lambda module, given, out: seen.append((out.dtype, out, given[0])))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net(x, t, y)
+        model.round_weights(net)
+        assert torch.equal(before, net(x, t, y)) and before.dtype == torch.float32
+    assert [dtype for dtype, *_ in seen] == 2 * [torch.bfloat16, torch.float32]
+    last = net.final_layer.linear
+    assert torch.equal(seen[1][1], torch.nn.functional.linear(seen[1][2], last.weight, last.bias))
+    assert net.blocks[0].attn.qkv.weight.dtype == torch.bfloat16 and last.weight.dtype == torch.float32
+    torch.testing.assert_close(before, exact, rtol=0.1, atol=0.02)
+    assert not torch.equal(before, exact)
 
 
 def test_preconditioning_is_applied_around_the_network():

@@ -208,6 +208,27 @@ def test_every_row_trains_distills_and_samples(runs, images, tmp_path, row, obje
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 8, 8, 1)
 
 
+def test_a_run_and_its_samples_in_the_precision_of_a_card(runs, flags, images, tmp_path, monkeypatch):
+    """On a CPU: whatever calls a network is in autocast, or the teacher's rounded weights would not fit."""
+    def autocast(device):
+        return torch.autocast("cpu", torch.bfloat16)
+    for module in (common.run, distill, sample):
+        monkeypatch.setattr(module, "precision", autocast)
+    rounded = mock.Mock(side_effect=distill.round_weights)
+    monkeypatch.setattr(distill, "round_weights", rounded)
+    flags = (*flags["distill"], "--out", tmp_path, "--cfg_scale", 2, "--flow_weight", 1, "--flow_row", "lagrange")
+    runs("distill", *flags, "--data", images, "--iters", 2)
+    assert rounded.call_args[0][0].blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert np.isfinite(losses(tmp_path, "distill")).all()
+    runs("distill", *flags, "--data", images, "--iters", 3)  # the teacher is known again
+    made = {v.dtype for v in load_checkpoint(tmp_path / "student.pt")["ema"].values()}
+    net, config = load_model(tmp_path / "student.pt")
+    seen = []
+    net.blocks[0].mlp.fc1.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    sample.generate(net, config, np.arange(2), 0, range(2))
+    assert made == {torch.float32} and seen == [torch.bfloat16]
+
+
 def test_a_log_line_is_never_there_twice(runs, flags, tmp_path):
     """Iterations after the last checkpoint run again after a crash; --fresh runs all of them again."""
     flags = (*flags["train_teacher"], "--out", tmp_path, "--iters")
@@ -453,7 +474,42 @@ def test_moments_are_dealt_and_buffers_do_not_travel(monkeypatch):
     monkeypatch.setattr(common.run, "DistributedDataParallel", lambda net, **options: options)
     monkeypatch.setattr("torch.distributed.optim.ZeroRedundancyOptimizer", lambda *_, **options: "dealt")
     put = put_in_training(torch.nn.Linear(2, 1), torch.optim.Adam, 0.1, argparse.Namespace(shard=True))
-    assert (put.wrapped, put.optimizer) == ({"broadcast_buffers": False}, "dealt")
+    assert (put.wrapped, put.optimizer) == ({"broadcast_buffers": False, "gradient_as_bucket_view": True}, "dealt")
+
+
+def count_bytes():
+    """Each iteration says what its gradients' all-reduces carried, over what its optimizer steps need."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    real, step, report, sent, needed = put_in_training, Trained.step, Run.report, [], []
+
+    def reduced(group, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return default_hooks.allreduce_hook(group, bucket)
+
+    def put(*args, **options):
+        trained = real(*args, **options)
+        trained.wrapped.register_comm_hook(None, reduced)
+        return trained
+
+    def stepped(self, *rest):
+        needed.append(sum(p.nbytes for p in self.net.parameters() if p.requires_grad))
+        return step(self, *rest)
+
+    def reported(run, *rest):
+        run.say(f"carried {sum(sent) / sum(needed)} of {len(needed)} steps")
+        sent.clear(), needed.clear()
+        report(run, *rest)
+    train_teacher.put_in_training = distill.put_in_training = put
+    Trained.step, Run.report = stepped, reported
+
+
+@unix
+@pytest.mark.parametrize("job, more, steps", [
+    ("train_teacher", "--accum 2", 1), ("distill", "", 4), ("distill", "--accum 2 --flow_weight 1 --reuse_samples", 4)])
+def test_each_gradient_travels_once_for_each_step(flags, tmp_path, job, more, steps):
+    said = Life(tmp_path, job, *flags[job], *more.split(), "--iters", 3, "--out", tmp_path / "run", world=2,
+                change=count_bytes).end()
+    assert re.findall(r"carried (.*) of (\d+) steps", said) == [("1.0", str(steps))] * 3
 
 
 @unix
@@ -878,7 +934,7 @@ UNITS = {"cross k_psi 5 --reuse_samples": (20, 33), "cross k_psi 5": (24, 33), "
     ("plan --model SiT-XL/2", ["M parameters", "distillation"]), ("sampling --model SiT-XXS/4", ["250 steps"]),
     ("maps --model SiT-XXS/4", ["sid: 9.6 units", "lagrange: 5.. units", "meanflow", "euler, jvp", "as sid"]),
     ("scale --models SiT-XXS/2", ["teacher step, eager", "distillation, gap", "of the matrix rate", "one-step"]),
-    ("iteration --model SiT-XXS/4", [f"{row}: {a} units, .* naive {b} units" for row, (a, b) in UNITS.items()])])
+    ("iteration --model SiT-XXS/4", [f"{row}: {a} units.*sgemm.* naive {b} units" for row, (a, b) in UNITS.items()])])
 def test_benchmarks_at_tiny_size(tmp_path, flags, says):
     tiny = "--side 8 --channels 4 --batch 2 --iterations 1 --rounds 1"
     said = Life(tmp_path, "bench", *flags.split(), *tiny.split()).end()
