@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from common.autoencoder import decoder
 from common.data import Stream, open_data_of
 from common.files import checksum, load_checkpoint, save_checkpoint
-from common.images import save_picture, stack_rows, to_uint8
-from common.run import (Parser, Run, Trained, UserError, add_run_flags, command, generator, number, one_of, precision,
-                        put_in_training)
+from common.images import save_curves, save_picture, stack_rows, to_uint8
+from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, command, generator, number, one_of,
+                        precision, put_in_training)
 from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
-from interpolants import (Batch, Problem, check_log_snr, convert, last_time, loss_weight, prediction_scale,
-                          regression_loss, student_input, time_of_noise_ratio)
+from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, last_time, loss_weight, prediction_scale,
+                          regression_loss, solve, start_at, student_input, time_grid, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
 from sample import add_teacher_flags, is_flow_map, load_named, load_teacher, noise_levels, student_times, uneven_counts
 
@@ -168,6 +168,16 @@ class Watched(NamedTuple):
         return self.problem.data(net, student_input(self.problem, net, self.times, self.b, draw))
 
     @torch.no_grad()
+    def spread(self, teacher):
+        """That of the teacher's samples from the same labels and, on bridges, x1, by 25 steps."""
+        def draw(i):
+            z = self.b.z
+            return torch.randn(z.shape, generator=generator(self.seed, "watched", "teacher", i)).to(z.device)
+        b = start_at(self.problem, self.b, float(time_grid(self.problem, 25)[0]))
+        sampler = Sampler(25, "posterior" if self.problem.sees_x1 else "euler")
+        return float(solve(self.problem, teacher, b, sampler, draw).std(0).mean())
+
+    @torch.no_grad()
     def rows(self, student, teacher, critic, n=10):
         """What a bridge starts from, the student's samples, and what teacher and critic make of them -> (n,C,H,W)
         each."""
@@ -270,6 +280,8 @@ def parse_flags():
         "which is a flow map then and takes several steps as well; 0 = off")
     add("--flow_row", type=one_of(FLOW_ROWS), default="freeflow", help="the row of flow_map.py that makes it: "
         + ", ".join(FLOW_ROWS))
+    add("--keep", type=number(int, 0), default=5, help="numbered checkpoints that stay: the newest, and every tenth; "
+        "0 keeps all")
     add = parser.group("real data")
     add("--data", default=None, help="real data, for the flags below and for bridges (a bridge takes its teacher's); "
         "as in train_teacher.py")
@@ -292,6 +304,12 @@ def parse_flags():
         if getattr(args, knob) is None:
             setattr(args, knob, getattr(OBJECTIVES[args.objective], knob))
     args.critic_lr = args.critic_lr or 3 * args.lr
+    adversarial = args.gan_weight > 0
+    check_idle(args, {**defaults, "kappa": OBJECTIVES[args.objective].kappa}, (
+        ("cfg_interval", "--cfg_scale", args.cfg_scale != 1), ("kappa", "--grad full", args.grad == "full"),
+        ("reuse_samples", "--k_psi above 1", args.k_psi > 1), ("flow_row", "--flow_weight", args.flow_weight > 0),
+        ("gan_critic_weight", "--gan_weight", adversarial), ("gan_lr", "--gan_weight", adversarial),
+        ("gan_from", "--gan_weight", adversarial)))
     return args, defaults
 
 
@@ -332,10 +350,6 @@ def check_real(args, config):
     if changed and (args.cfg_scale != 1 or args.critic_cfg_scale != 1):
         raise UserError(f"{flag}: the data do not follow the law of a guided teacher (--cfg_scale {args.cfg_scale:g}, "
                         f"--critic_cfg_scale {args.critic_cfg_scale:g}); leave one out")
-    for name, default in (("gan_critic_weight", None), ("gan_lr", None), ("gan_from", 0)):
-        if getattr(args, name) != default and not args.gan_weight:
-            raise UserError(f"--{name} {getattr(args, name)}: there is no adversarial loss; add --gan_weight, or "
-                            "leave it out")
 
 
 def open_start(args, config, device):
@@ -427,6 +441,9 @@ def main():
             save_student(run.out / "student.pt", step)
             if step % args.save_every == 0:
                 save_student(run.out / f"student_one_step_{step:07d}.pth", step)
+                for old in sorted(run.out.glob("student_one_step_*.pth"))[:-args.keep or None] if args.keep else ():
+                    if int(old.stem[-7:]) % (10 * args.save_every):
+                        old.unlink()
 
     def save_student(path, step):
         first, *others = [net.state_dict() for net in averages]
@@ -438,11 +455,19 @@ def main():
             with precision(device):
                 rows = watched.rows(averages[0], v_star, v_psi)
             rows = [to_uint8(decode(x) if decode else x) for x in rows]
-            save_picture(run.out / f"distill_{step:07d}.png", stack_rows(rows))
+            captions = ["from"] * (len(rows) - 3) + ["student", "teacher of it", "critic of it"]
+            names = config.get("classes", ())
+            columns = [names[i] for i in watched.b.y[:10]] if 0 < len(names) <= 10 and not reference else ()
+            save_curves(run.out)
+            return save_picture(run.out / f"distill_{step:07d}.png", stack_rows(rows, 640, captions, columns))
+
+    known = {"spread_data": stream.data_spread()} if data else {}
 
     def facts():
         with precision(device):
-            return {"spread": float(watched.samples(G.net).std(0).mean())}  # over the samples: falls on collapse
+            known["spread_teacher"] = known.get("spread_teacher") or watched.spread(v_star)
+            known["spread"] = float(watched.samples(G.net).std(0).mean())  # over the samples: falls on collapse
+        return {**known, **{f"{key}_first": value for key, value in run.first_line().items() if key == "D2"}}
 
     while step < args.iters:
         adversarial = head is not None and step >= args.gan_from

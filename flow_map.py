@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.autoencoder import decoder
 from common.data import Stream, open_data_of
 from common.files import checksum, load_checkpoint, save_checkpoint
-from common.images import save_picture, stack_rows
-from common.run import Parser, Run, UserError, add_run_flags, command, generator, number, one_of, put_in_training
+from common.images import save_curves, save_picture, stack_rows
+from common.run import (Parser, Run, UserError, add_run_flags, check_idle, command, generator, number, one_of,
+                        put_in_training)
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
                           start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
@@ -305,6 +306,12 @@ def check_row(args):
 def main():
     args, defaults = parse_flags()
     row = check_row(args)
+    legs = row[1:3]
+    check_idle(args, {**defaults, **ROWS[args.row]._asdict()}, (
+        ("cfg_interval", "--cfg_scale", args.cfg_scale != 1), ("mu", "--lam mu or 1-mu", "mu" in row.lam),
+        ("solver_steps", "a solver's leg (--row ctm, direct)", "solver" in legs),
+        ("grid", "--row progressive", "before" in legs), ("stage_iters", "--row progressive", "before" in legs),
+        ("tangent_warmup", "--tangent jvp", row.tangent == "jvp")))
     run = Run(args, defaults, "flow_map")
     device = run.device
     teacher, config, problem = load_teacher(args, device)
@@ -366,8 +373,9 @@ def main():
 
     def picture(step):
         if run.rank == 0:
+            save_curves(run.out)
             path = run.out / f"flow_map_{step:07d}.png"
-            draw_picture(path, (average, mapped), (teacher, config), stream, decode, panels)
+            return draw_picture(path, (average, mapped), (teacher, config), stream, decode, panels)
 
     batches = None if data is None else stream.epochs(step)
     while step < args.iters:
@@ -399,7 +407,7 @@ def main():
 
 def draw_picture(path, flow_map, teacher, stream, decode, panels):
     """Twenty samples a row: what bridges start from, 1, 2 and 4 steps of the map, 50 of its teacher, which panels
-    keeps."""
+    keeps -> path."""
     (net, config), (v_star, settings), n = flow_map, teacher, 20
     x1, y = None, choose_labels("balanced", n, config)
     if stream.reference:
@@ -408,7 +416,10 @@ def draw_picture(path, flow_map, teacher, stream, decode, panels):
         how = Sampler(50, cfg_scale=config["student"]["cfg_scale"], cfg_interval=config["student"]["cfg_interval"])
         panels["teacher"] = generate(v_star, settings, y, stream.seed, range(n), how, x1, decode)
     steps = [generate(net, config, y, stream.seed, range(n), Sampler(k), x1, decode) for k in (1, 2, 4)]
-    save_picture(path, stack_rows([*[x1] * (x1 is not None), *steps, panels["teacher"]]))
+    captions = ["from"] * (x1 is not None) + ["1 step", "2 steps", "4 steps", "teacher, 50"]
+    names = config.get("classes", ())
+    columns = [names[i] for i in y] if x1 is None and len(names) <= 10 else ()
+    return save_picture(path, stack_rows([*[x1] * (x1 is not None), *steps, panels["teacher"]], 640, captions, columns))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import torch
 from common.autoencoder import cache_latents, check_autoencoder, load_autoencoder
 from common.data import Stream, load_images, load_pairs, load_reference
 from common.files import load_checkpoint, save_checkpoint
-from common.images import DEGRADATIONS, save_picture, stack_rows
-from common.run import Parser, Run, UserError, add_run_flags, command, generator, number, one_of, put_in_training
+from common.images import DEGRADATIONS, save_curves, save_picture, stack_rows
+from common.run import (Parser, Run, UserError, add_run_flags, check_idle, command, generator, number, one_of,
+                        put_in_training)
 from interpolants import FAMILIES, PREDICTIONS, Batch, Problem, Sampler, family, preconditioning, regression_loss
 from model import build_model, ema_update, frozen_copy, load_weights, parse_name
 from sample import choose_labels, generate
@@ -73,12 +74,12 @@ def parse_flags():
     add("--ema", type=number(float, 0, 1), default=0.99, help="decay of the averaged weights")
     add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW's decay")
     add_run_flags(parser, iters=1200, lr=3e-3, warmup=100, decay_from=500, log_every=20, sample_every=1000)
-    args = parser.parse_args()
-    check_flags(args)
-    return args, vars(parser.parse_args([]))
+    args, defaults = parser.parse_args(), vars(parser.parse_args([]))
+    check_flags(args, defaults)
+    return args, defaults
 
 
-def check_flags(args):
+def check_flags(args, defaults):
     _, patch = parse_name(args.model)
     if args.pairs and (args.interpolant == "bridge" or args.vae or args.image_size or args.unconditional or args.flip):
         raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --image_size, --vae, "
@@ -92,9 +93,10 @@ def check_flags(args):
     if args.interpolant == "bridge" and args.reference is None:
         raise UserError(f"--interpolant bridge: needs --reference, what it starts from ({', '.join(DEGRADATIONS)}, "
                         "paired.npz, another data set, or noise)")
-    for flag, default in (("reference", None), ("gamma_scale", 1.0), ("antithetic", False)):
-        if getattr(args, flag) != default and args.interpolant != "bridge":
-            raise UserError(f"--{flag} {getattr(args, flag)}: is for bridges; leave it out or add --interpolant bridge")
+    bridge = args.interpolant == "bridge"
+    check_idle(args, defaults, (("reference", "--interpolant bridge", bridge),
+                                ("gamma_scale", "--interpolant bridge", bridge),
+                                ("antithetic", "--interpolant bridge", bridge)))
     if FAMILIES[args.interpolant].precondition and args.prediction not in (None, "data"):
         raise UserError(f"--prediction {args.prediction}: {args.interpolant} is preconditioned, its networks predict "
                         "data; leave it out")
@@ -194,7 +196,8 @@ def main():
 
     def picture(step):
         if run.rank == 0:
-            draw_picture(run.out / f"samples_{step:07d}.png", ema, config, stream, autoencoder)
+            save_curves(run.out)
+            return draw_picture(run.out / f"samples_{step:07d}.png", ema, config, stream, autoencoder)
 
     batches = stream.epochs(step, args.antithetic)
     while step < args.iters:
@@ -214,16 +217,17 @@ def main():
 
 
 def draw_picture(path, net, config, stream, autoencoder):
-    """Ten rows of samples by 25 steps; on bridges rows of what goes in, what comes out, and the data."""
+    """Ten rows of samples by 25 steps; on bridges rows of what goes in, what comes out, and the data -> path."""
     if stream.reference:
         rows, x1, y = stream.pictured(20)
         images = generate(net, config, y, stream.seed, rows, Sampler(25), x1)
-        return save_picture(path, stack_rows([x1, images, stream.data.images[rows]]))
-    classes = stream.num_classes
-    n = 10 * (classes if 0 < classes <= 10 else 10)
+        rows = [x1, images, stream.data.images[rows]]
+        return save_picture(path, stack_rows(rows, 640, ("from", "sample", "data")))
+    classes = config.get("classes", [])[:10] if stream.num_classes <= 10 else []
+    n = 10 * (len(classes) or 10)
     images = generate(net, config, choose_labels("balanced", n, config), stream.seed, range(n), Sampler(25),
                       decode=autoencoder.decode if autoencoder else None)
-    save_picture(path, stack_rows(np.split(images, 10)))
+    return save_picture(path, stack_rows(np.split(images, 10), 640, (), classes))
 
 
 if __name__ == "__main__":

@@ -435,6 +435,12 @@ class Stream(NamedTuple):
             return x0, x1 if x1 is None else to_device(x1, self.device)
         return x0, self.data.x0(x1, chosen, self.part, self.device, self.seed, *key)
 
+    def data_spread(self, n=50):
+        """The standard deviation over n real images, mean over the pixels."""
+        rows = np.linspace(0, len(self.data.images) - 1, n).astype(np.int64)
+        x0 = self.data.x0(self.data.images[rows], rows, slice(None), self.device, self.seed, "spread")
+        return float(x0.std(0).mean())
+
     def pictured(self, n):
         """What pictures of a bridge show, spread over the data, which may be sorted -> indices (n,), x1 (n,H,W,C) uint8
         and labels (n,)."""

@@ -1,5 +1,6 @@
 """Pixels in and out: decoding, uint8, pictures, and the degradations that restoration bridges start from."""
 import io
+import json
 import logging
 import math
 import os
@@ -178,13 +179,28 @@ def square_grid(images, pixels=640):
     return grid(images, min(len(images), max(10, math.ceil(len(images) ** 0.5))), pixels)
 
 
-def stack_rows(rows, pixels=640):
-    """A list of (n,H,W,C) uint8, each a row of the picture."""
-    return grid(np.concatenate(rows), len(rows[0]), pixels)
+def stack_rows(rows, pixels=640, captions=(), columns=()):
+    """A list of (n,H,W,C) uint8, each a row of the picture, with captions on their left and, as far as there is room,
+    names above the columns."""
+    picture, font = grid(np.concatenate(rows), len(rows[0]), pixels), ImageFont.load_default(13)
+    left = max([math.ceil(font.getlength(text)) + 10 for text in captions], default=0)
+    top, (height, width) = 18 * bool(columns), picture.shape[:2]
+    canvas = Image.new("RGB", (left + width, top + height), "white")
+    canvas.paste(Image.fromarray(picture), (left, top))
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(captions):
+        draw.text((left - 5, top + (i + 0.5) * height / len(rows)), text, "black", font, anchor="rm")
+    for i, text in enumerate(columns):
+        while font.getlength(text) > width / len(rows[0]):
+            text = text[:-1]
+        draw.text((left + (i + 0.5) * width / len(rows[0]), top - 2), text, "black", font, anchor="mb")
+    return np.asarray(canvas)
 
 
 def save_picture(path, picture):
+    """-> path"""
     save_file(path, lambda f: Image.fromarray(picture).save(f, format="PNG"))
+    return path
 
 
 def side_by_side(panels, captions):
@@ -200,6 +216,90 @@ def side_by_side(panels, captions):
             draw.text((left + panel.shape[1] / 2, height + gap + gap // 2 + i * line), text, "black", font, anchor="ma")
         left += panel.shape[1] + gap
     return np.asarray(canvas)
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+
+
+def ticks(low, high, log):
+    """Round numbers from low to high: 1, 2, 5 times powers of ten on a log axis (powers alone where there are many)."""
+    step = 10.0 ** math.floor(math.log10(max(high if log else high - low, 1e-12)))
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [m * 10.0 ** k for k in powers for m in ((1, 2, 5) if len(powers) < 5 else (1,))]
+    else:
+        step *= next(m for m in (0.1, 0.2, 0.5, 1) if (high - low) / (m * step) <= 8 or m == 1)
+        found = [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return [v for v in found if low * (1 - 1e-9) <= v <= high * (1 + 1e-9) or (not log and low <= v <= high)]
+
+
+def draw_curves(series, x_label, y_label, log=("x", "y"), size=(800, 500)):
+    """{name: (xs, ys)} -> (H,W,3) uint8: a line with its points for each name, axes with numbers, a legend on the
+    right. Points that are not finite, or not above zero on a log axis, are left out."""
+    scale = [math.log10 if axis in log else float for axis in "xy"]
+    lines = {name: [p for p in zip(*points) if all(math.isfinite(v) and (v > 0 or axis not in log)
+                                                   for v, axis in zip(p, "xy"))] for name, points in series.items()}
+    values = [[p[i] for points in lines.values() for p in points] or [1.0] for i in (0, 1)]
+    font, (width, height) = ImageFont.load_default(14), size
+    ranges = []
+    for i, found in enumerate(values):  # with a margin, so that no point lies on the frame
+        low, high = scale[i](min(found)), scale[i](max(found))
+        margin = 0.05 * (high - low) or 0.1 * max(abs(low), 1)
+        ranges.append((low - margin, high + margin))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    right = max(draw.textlength(name, font) for name in [*lines, ""]) + 44
+    box = (70, 30, width - right, height - 50)  # left, top, right, bottom
+
+    def place(p):
+        x, y = ((scale[i](v) - ranges[i][0]) / (ranges[i][1] - ranges[i][0]) for i, v in enumerate(p))
+        return box[0] + x * (box[2] - box[0]), box[3] - y * (box[3] - box[1])
+
+    for i, axis in enumerate("xy"):
+        low, high = (10 ** v if axis in log else v for v in ranges[i])
+        for value in ticks(low, high, axis in log):
+            x, y = place((value, values[1][0]) if axis == "x" else (values[0][0], value))
+            draw.line((x, box[1], x, box[3]) if axis == "x" else (box[0], y, box[2], y), "#e5e5e5")
+            at, anchor = ((x, box[3] + 6), "mt") if axis == "x" else ((box[0] - 6, y), "rm")
+            draw.text(at, f"{value:.6g}", "black", font, anchor=anchor)
+    draw.rectangle(box, outline="black")
+    draw.text(((box[0] + box[2]) / 2, height - 8), x_label, "black", font, anchor="mb")
+    draw.text((8, 8), y_label, "black", font, anchor="lt")
+    for i, (name, points) in enumerate(lines.items()):
+        colour, at = COLOURS[i % len(COLOURS)], [place(p) for p in points]
+        top = box[1] + 10 + 20 * i
+        draw.line([(box[2] + 10, top), (box[2] + 30, top)], colour, 3)
+        draw.text((box[2] + 36, top), name, "black", font, anchor="lm")
+        draw.line(at, colour, 2)
+        for x, y in at if len(at) < 30 else ():  # marks would hide a long curve
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+    return np.asarray(canvas)
+
+
+def save_curves(out):
+    """OUT/log.jsonl -> OUT/curves.png: for each job its losses, what it makes (D2, spread), and its gradients' norms
+    against iterations."""
+    try:
+        lines = [json.loads(line) for line in pathlib.Path(out, "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return
+    hidden, rows = {"step", "seconds", "images_per_second", "memory_mib", "skipped", "data_wait", "D2_first"}, []
+    for job in dict.fromkeys(line["job"] for line in lines):
+        mine, panels = [line for line in lines if line["job"] == job], []
+        names = [k for k in dict.fromkeys(k for line in mine for k in line) if k not in hidden]
+        for title, fits in (("losses", lambda k: "loss" in k), ("norms of gradients", lambda k: k.endswith("_norm")),
+                            ("what it makes", lambda k: "loss" not in k and not k.endswith("_norm"))):
+            curves = {k: zip(*[(line["step"], line[k]) for line in mine if isinstance(line.get(k), float)])
+                      for k in names if fits(k)}
+            curves = {k: xy for k, xy in ((k, tuple(xy)) for k, xy in curves.items()) if xy}
+            values = [v for _, ys in curves.values() for v in ys]
+            wide = values and min(values) > 0 and max(values) > 10 * min(values)
+            if curves:
+                panels.append(draw_curves(curves, "iteration", f"{job}: {title}", ("y",) if wide else (), (560, 300)))
+        rows.append(np.concatenate(panels, 1) if panels else np.full((1, 1, 3), 255, np.uint8))
+    width = max((row.shape[1] for row in rows), default=1)
+    save_picture(pathlib.Path(out, "curves.png"), np.concatenate([np.full((1, width, 3), 255, np.uint8)] + [
+        np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -77,6 +79,16 @@ def one_of(table):
     return parse
 
 
+def check_idle(args, defaults, table):
+    """Raise UserError for a flag that is given and does nothing: the one table of a script's such flags has rows (flag,
+    what it needs, whether that is there)."""
+    for flag, needs, there in table:
+        if getattr(args, flag) != defaults[flag] and not there:
+            value = getattr(args, flag)
+            text = "" if value is True else " " + " ".join(map(str, value if isinstance(value, list) else [value]))
+            raise UserError(f"--{flag}{text}: does nothing without {needs}; add it, or leave --{flag} out")
+
+
 def add_run_flags(parser, **defaults):
     """The flags of every trainer."""
     add = parser.group("optimisation")
@@ -94,6 +106,8 @@ def add_run_flags(parser, **defaults):
     add("--log_every", type=number(int, 1), help="iterations between lines")
     add("--sample_every", type=number(int, 1), help="iterations between pictures")
     add("--save_every", type=number(int, 1), default=1000, help="iterations between checkpoints")
+    add("--wandb", default=None, metavar="PROJECT", help="send the log and the pictures there as well (pip install "
+        "wandb)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third "
         "more time")
@@ -330,10 +344,39 @@ def put_in_training(net, kind, lr, args, **options):
 
 # Flags that may differ between a run and its continuation: those that do not change what is learnt, those whose
 # meaning is compared by content (teacher, data), and those that may be tuned on the way.
-FREE_FLAGS = {"iters", "out", "fresh", "device", "compile", "log_every", "sample_every", "save_every", "data_dir",
-              "vae", "skip_broken", "grad_checkpoint", "shard", "timeout", "accum", "teacher_ckpt", "data",
+FREE_FLAGS = {"iters", "out", "wandb", "keep", "fresh", "device", "compile", "log_every", "sample_every", "save_every",
+              "data_dir", "vae", "skip_broken", "grad_checkpoint", "shard", "timeout", "accum", "teacher_ckpt", "data",
               "cache_latents", "image_size", "unconditional"}
 TUNED_FLAGS = {"lr", "critic_lr", "gan_lr", "warmup", "decay_from", "weight_decay", "clip"}
+
+
+PICTURES = {"teacher": ["samples_*.png"], "flow_map": ["flow_map_*.png"],  # numbered files, by job
+            "distill": ["distill_*.png", "student_one_step_*.pth"]}
+
+
+@functools.lru_cache
+def code_commit():
+    """The commit of this code, with a + where files were changed since; None outside a checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parents[1])]
+    try:
+        prefix, head, changed = (subprocess.run([*git, *words], capture_output=True, text=True, timeout=10,
+                                                check=True).stdout.strip() for words in (
+            ("rev-parse", "--show-prefix"), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))
+        return None if prefix else head[:12] + "+" * bool(changed)  # a prefix: the checkout is of something around this
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def open_wandb(args, name):
+    """--wandb -> its run, None without the flag. Raises UserError where the package is missing."""
+    if not args.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--wandb {args.wandb}: the package is not installed; pip install wandb, or leave the flag "
+                        "out") from None
+    return wandb.init(project=args.wandb, name=name, config=vars(args), dir=args.out)
 
 
 class StopSignal:
@@ -401,7 +444,7 @@ class Run:
                             + f"; {max(share, args.batch // share * share)} does")
         self.rows = args.batch // self.world
         self.part = slice(self.rank * self.rows, (self.rank + 1) * self.rows)  # this process' rows of the whole batch
-        self.sums, self.norms, self.skipped, self.failures = {}, [], 0, 0
+        self.sums, self.norms, self.skipped, self.failures, self.wandb = {}, [], 0, 0, None
         if from_first(self.out.is_dir()):  # a new folder is made and locked when there is something to write
             first_process(lambda: lock(self.out), self.rank)
 
@@ -458,13 +501,29 @@ class Run:
         if self.rank > 0:
             return
         lock(self.out)
+        if self.args.fresh and step == 0:
+            self.put_aside()
+        self.wandb = open_wandb(self.args, f"{self.out.resolve().name} {self.job}")
         with writing(self.log):
             (self.out / f"{self.job}.json").write_text(json.dumps(vars(self.args), indent=1) + "\n")
             if self.log.exists():  # lines after the checkpoint are about to be written again
                 lines = self.log.read_text(errors="replace").splitlines(True)
                 self.log.with_suffix(".tmp").write_text("".join(line for line in lines if self.stays(line, step)))
                 self.log.with_suffix(".tmp").replace(self.log)
-        self.say("  ".join(f"--{k} {v}" for k, v in vars(self.args).items()))
+        self.say(f"{' '.join(sys.argv[1:]) or 'default flags'} (all: {self.out / self.job}.json; commit "
+                 f"{code_commit() or 'unknown'})")
+        if step == self.args.iters:
+            self.say(f"nothing to do: {self.out} is at iteration {step}; raise --iters to go on")
+
+    def put_aside(self):
+        """--fresh: what the run before has numbered does not stand among what this one will."""
+        old = [path for pattern in PICTURES[self.job] for path in self.out.glob(pattern)]
+        with writing(self.out):
+            for path in old:
+                (self.out / "before_fresh").mkdir(exist_ok=True)
+                path.replace(self.out / "before_fresh" / path.name)
+        if old:
+            self.say(f"--fresh: {len(old)} pictures and checkpoints of the run before are in {self.out}/before_fresh")
 
     def stays(self, line, step):
         try:
@@ -501,13 +560,16 @@ class Run:
         now = time.time()
         rate = (step - self.last_step) * self.args.batch / max(now - self.last_time, 1e-9)
         left = (now - self.began) / max(1, step - self.first) * (self.args.iters - step)
-        record = {"job": self.job, "step": step, **dict(zip(names, means.tolist())), **facts, "images_per_second": rate,
-                  "memory_mib": peak_memory(self.device), "seconds": now - self.began}
+        record = {"job": self.job, "step": step, "commit": code_commit(), **dict(zip(names, means.tolist())), **facts,
+                  "images_per_second": rate, "memory_mib": peak_memory(self.device), "seconds": now - self.began}
         self.last_step, self.last_time, self.sums = step, now, {}
         if self.rank == 0:
-            hidden = {"job", "step", "seconds", "images_per_second", "memory_mib"} | (
+            hidden = {"job", "step", "seconds", "images_per_second", "memory_mib", "commit"} | (
                 set() if record.get("skipped") else {"skipped"})
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in hidden)
+            if record.get("data_wait", 0) * rate < 0.05 * self.args.batch:  # seconds, of those of a step
+                hidden.add("data_wait")
+            names = sorted(record.keys() - hidden, key=lambda k: (k.endswith("_norm"), k.endswith("loss"), k))
+            shown = "  ".join(f"{k} {record[k]:.4g}" for k in names)
             self.say(f"{self.job} {step}/{self.args.iters} ({100 * step / self.args.iters:.0f}%)  {shown}  {rate:.0f} "
                      f"img/s  {record['memory_mib']:.0f} MiB  {minutes(left)} left")
 
@@ -516,6 +578,23 @@ class Run:
                 with writing(self.log), open(self.log, "a") as f:  # JSON has no NaN
                     f.write(json.dumps(plain) + "\n")
             keep(append, 0, False)
+            if self.wandb:
+                self.wandb.log({k: v for k, v in record.items() if k not in ("job", "step", "commit")}, step=step)
+
+    def first_line(self):
+        """The first line of this job's log, {} without one."""
+        try:
+            with open(self.log) as f:
+                return next((line for line in map(json.loads, f) if line["job"] == self.job), {})
+        except (OSError, ValueError):
+            return {}
+
+    def draw(self, picture, step):
+        """picture(step) -> the file it drew, None in other processes than the first."""
+        path = picture(step)
+        if self.wandb and path:
+            import wandb
+            self.wandb.log({"picture": wandb.Image(str(path))}, step=step)
 
     def descend(self, step, **trained):
         """A step of each of these networks; its gradient's norm is logged under the name given."""
@@ -536,10 +615,17 @@ class Run:
             raise UserError(f"iteration {step}: losses or gradients were not finite 10 times in a row; lower --lr. "
                             "The last good checkpoint is untouched")
         last = step == args.iters
+        if args.compile and step == self.first + 1:
+            self.say(f"compiled, and ran once, in {minutes(time.time() - self.began)}")
+            self.first, self.last_step, self.began, self.last_time = step, step, time.time(), time.time()
+        if step == self.first + 3 and not last:
+            due = min(args.iters, step + args.sample_every - step % args.sample_every)
+            self.say(f"the first picture comes at iteration {due}, in about "
+                     f"{minutes((time.time() - self.began) / 3 * (due - step))}")
         if step % args.log_every == 0 or last:
             self.line(step, **facts())
         if step % args.sample_every == 0 or last:
-            keep(lambda: picture(step), 0, False)
+            keep(lambda: self.draw(picture, step), 0, False)
             wait_for_all()  # as long as it takes, whatever --timeout says
         if step % args.save_every == 0 or last:
             self.failures = keep(lambda: save(step), self.failures, last)
