@@ -93,7 +93,8 @@ def add_run_flags(parser, **defaults):
     add("--fresh", action="store_true", help="start over although --out holds a run")
     add("--log_every", type=number(int, 1), help="iterations between lines")
     add("--sample_every", type=number(int, 1), help="iterations between pictures")
-    add("--save_every", type=number(int, 1), default=1000, help="iterations between checkpoints")
+    add("--save_every", type=number(int, 1), default=1000, help="iterations between checkpoints; distill.py "
+        "keeps the student of each")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--grad_checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, a third "
         "more time")
