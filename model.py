@@ -283,7 +283,8 @@ def round_weights(net):
     for name, module in net.named_modules():
         rounds = isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("final_layer")
         if rounds and torch.is_autocast_enabled(kind):
-            module.to(torch.get_autocast_dtype(kind))
+            for p in module.parameters():
+                p.data = p.data.to(torch.get_autocast_dtype(kind))
 
 
 @torch.no_grad()

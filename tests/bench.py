@@ -5,7 +5,7 @@
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
     python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
     python tests/bench.py blocks        # SiT-S/2, forward and backward, against separate q, k, v and unfused attention
-    python tests/bench.py plan --model SiT-XL/2 --side 32 --channels 4 --batch 128     # memory and hours of each stage
+    python tests/bench.py plan --model SiT-XL/2 --side 32 --channels 4 --batch 128     # memory, disk, hours of stages
     python tests/bench.py scale --side 32 --channels 4 --batch 64     # on a GPU: training and samples of S/2, B/2, XL/2
     python tests/bench.py fid           # trace term, Inception and the whole command, against pytorch-fid if installed
 
@@ -24,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from statistics import median
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -34,6 +36,8 @@ import torch
 from PIL import Image
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -47,7 +51,7 @@ from common.files import save_checkpoint
 from common.images import degrade, to_device
 from common.run import peak_memory, precision, put_in_training, start_processes
 from interpolants import FAMILIES, Batch, Problem, Sampler, regression_loss, start_at
-from model import SIZES, Attention, SiT, build_model, ema_update, frozen_copy, guided, parse_name
+from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, parse_name, round_weights
 from sample import generate
 
 PROBLEM = Problem(FAMILIES["linear"])
@@ -401,45 +405,150 @@ def scale(args):
             lambda: generate(net, student, y, 0, range(args.batch)), rounds=3)), peak_memory(device)))
 
 
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, as they come and go, and remembers their peak."""
+    now = peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        known = {id(v.untyped_storage()) for v in tree_leaves((args, kwargs)) if torch.is_tensor(v)}
+        out = op(*args, **(kwargs or {}))
+        for storage in {id(v.untyped_storage()): v.untyped_storage() for v in tree_leaves(out) if torch.is_tensor(v)
+                        and id(v.untyped_storage()) not in known}.values():
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, size):
+        self.now -= size
+
+
+def rehearse(act, *given):
+    """act(*given) on tensors without memory -> what would have been alive at its peak, in bytes."""
+    with FakeTensorMode(), Live() as live:
+        act(*given)
+    return live.peak
+
+
+class Rehearsal(NamedTuple):
+    """How a stage is rehearsed. rounded: in bf16 autocast; several: gradients stay, in the buckets of processes."""
+    model: str
+    side: int
+    channels: int
+    classes: int
+    batch: int
+    cfg_scale: float = 1.0
+    rounded: bool = False
+    several: bool = False
+    recompute: bool = False
+
+    def net(self, trained=False):
+        """With gradients where they stay, and with its two moments."""
+        net = SiT(*parse_name(self.model), self.side, self.channels, self.classes).eval()
+        net.grad_checkpoint = self.recompute
+        weights = [p for p in net.parameters() if p.requires_grad]
+        for p in weights if trained and self.several else ():
+            p.grad = torch.empty_like(p)
+        net.moments = [torch.empty_like(p) for p in weights for _ in range(2 * trained)]
+        return net.requires_grad_(trained)
+
+    def precision(self):
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.rounded)
+
+    def rows(self):
+        x0, x1, z = (torch.randn(self.batch, self.channels, self.side, self.side) for _ in range(3))
+        return Batch(x0, x1, z, torch.rand(self.batch), torch.zeros(self.batch, dtype=torch.long))
+
+    def step(self, net):
+        net.zero_grad(set_to_none=not self.several)
+
+
+def rehearse_teacher(how):
+    net, _ = how.net(trained=True), how.net()
+    with how.precision():
+        regression_loss(PROBLEM, net, how.rows()).mean().backward()
+
+
+def rehearse_distillation(how, objective):
+    """The graphs of distill.py's iteration, which is what fills its memory: the student's lives through the critic's
+    step, and through those of the guided teacher and the critic in its own."""
+    G, psi, teacher, _ = how.net(trained=True), how.net(trained=True), how.net(), how.net()
+    with how.precision():
+        round_weights(teacher)
+    start = start_at(PROBLEM, how.rows(), 0.714)
+    with how.precision():
+        x0 = PROBLEM.data(G, start)
+    with how.precision():
+        regression_loss(PROBLEM, psi, how.rows()._replace(x0=x0.detach())).mean().backward()
+    how.step(psi)
+    with how.precision():
+        b, v_star = how.rows()._replace(x0=x0.detach().requires_grad_()), guided(teacher, how.cfg_scale)
+        loss, _ = distill.student_loss(PROBLEM, distill.OBJECTIVES[objective], v_star, psi, b)
+        x0.backward(torch.autograd.grad(loss.mean(), b.x0)[0])
+
+
+def rehearse_samples(how):
+    net, autoencoder, b = how.net(), Autoencoder(latents=how.channels).requires_grad_(False), how.rows()
+    with torch.no_grad(), how.precision():
+        guided(net, how.cfg_scale)(b.x0, b.t, b.y)
+    autoencoder.decode(b.x0)
+
+
+def rehearse_latents(side):
+    Autoencoder().requires_grad_(False).encode(torch.randn(CHUNK, 3, side, side))
+
+
 def plan(args):
-    """Memory and hours of each stage from counted parameters and FLOPs: nothing is measured but the arithmetic."""
-    size, patch = parse_name(args.model)
+    """Hours, memory and disk of each stage from counted parameters, FLOPs and a rehearsal on tensors without memory:
+    nothing is measured but the arithmetic. The card's memory is that of tensors: its context and workspaces come on
+    top."""
     forward = forward_flops(args.model, args.side, args.channels, args.classes)
     with torch.device("meta"):
-        weights = sum(p.numel() for p in SiT(size, patch, args.side, args.channels, args.classes).parameters())
-        autoencoder = Autoencoder(latents=args.channels)
-        pixels, converter = autoencoder.factor * args.side, sum(p.numel() for p in autoencoder.parameters())
-        x, z = torch.empty(1, 3, pixels, pixels), torch.empty(1, args.channels, args.side, args.side)
-        encode = flops(lambda: autoencoder.encode(x)) / forward  # in units of a forward pass of the network
-        decode = flops(lambda: autoencoder.decode(z)) / forward
-    level = 3 * 4 * 128 * pixels ** 2  # its widest level: input, hidden layer and output of a block, in float32
-    width, depth, _ = SIZES[size]
-    tokens = (args.side // patch) ** 2
-    # Bytes kept for a backward pass in bf16, for each token and channel: 34 a block without attention's matrix
-    # (arXiv:2205.05198, section 4.1), 2 a block and those of one block if blocks are recomputed.
-    kept, recomputed = 34 * tokens * width * depth, tokens * width * (2 * depth + 34)
-    rate = args.gpus * args.tflops * 1e12 * args.mfu
+        net, autoencoder = (SiT(*parse_name(args.model), args.side, args.channels, args.classes),
+                            Autoencoder(latents=args.channels))
+    weights, pixels = sum(p.numel() for p in net.parameters()), autoencoder.factor * args.side
+    with torch.device("meta"):
+        encode, decode = (flops(lambda: act(torch.empty(1, c, side, side))) / forward for act, c, side in (
+            (autoencoder.encode, 3, pixels), (autoencoder.decode, args.channels, args.side)))  # in forward passes
+    rate, images = args.gpus * args.tflops * 1e12 * args.mfu, 50000
     print(f"{args.model} on {args.side}x{args.side}x{args.channels}: {weights / 1e6:.1f} M parameters, "
           f"{forward / 1e9:.1f} GFLOP a forward pass of one image; {args.gpus} GPUs of {args.tflops:g} TFLOP/s at "
           f"{100 * args.mfu:.0f} %")
     guided_units = 2 if args.cfg_scale not in (0, 1) else 1
     distill_units = (1 + 2) + args.k_psi * (1 + 2) + (args.k_psi - 1) + guided_units + 1
-    # name, images in all, forward units an image, networks in memory with moments, frozen ones, images a GPU at a time
-    rows = [(f"latents of {args.data_images:,} images and mirrors", args.data_images, 2 * encode, 0, 0, CHUNK),
-            ("teacher", args.teacher_iters * args.teacher_batch, 3, 1, 1, args.teacher_batch / args.gpus),
-            (f"distillation (cross, k_psi {args.k_psi})", args.iters * args.batch, distill_units, 2, 2,
-             args.batch / args.gpus),
-            ("50,000 teacher samples, 250 steps", 50000, 250 * guided_units + decode, 0, 1, 8),
-            ("50,000 student samples", 50000, 1 + decode, 0, 1, 8)]
-    print(f"{'stage':45}{'units':>7}{'hours':>9}{'GiB a GPU':>11}{'--shard':>9}{'--grad_checkpoint':>19}")
-    for name, images, units, trained, frozen, per_gpu in rows:
-        fixed = 4 * weights * (4 * trained + frozen)  # weights, gradients and two moments in float32; frozen: weights
-        shard = fixed - 8 * weights * trained * (1 - 1 / args.gpus)
-        columns = [fixed + kept * per_gpu, shard + kept * per_gpu, fixed + recomputed * per_gpu]
-        if not trained:  # the autoencoder works here, on so many images at a time
-            columns = [fixed + 4 * converter + level * per_gpu]
+    how = Rehearsal(args.model, args.side, args.channels, args.classes, 1, args.cfg_scale, True, args.gpus > 1)
+    teacher_rows, rows = (max(1, n // args.gpus) for n in (args.teacher_batch, args.batch))
+    # Files: weights, their average and two moments; of the distillation those of two networks and an average.
+    copy = 4 * weights
+    teacher_file, resume, kept = 4 * copy, 7 * copy, args.iters // 1000 * copy
+    pictures = images * 3 * pixels ** 2
+    # A process reads its teacher's file whole; what a run goes on from is mapped, once for all, and checked so.
+    loading = args.gpus * teacher_file
+    latents = args.data_images * 2 * 2 * args.channels * args.side ** 2 * 2  # mirrors, mean and log-variance, float16
+    # name, images, forward units an image, trained networks, bytes on the host and the disk, images a card, rehearsal
+    table = [(f"latents of {args.data_images:,} images and mirrors", args.data_images, 2 * encode, 0, 0, latents, 0,
+              lambda how: rehearse_latents(pixels)),
+             ("teacher", args.teacher_iters * args.teacher_batch, 3, 1, teacher_file, 2 * teacher_file, teacher_rows,
+              rehearse_teacher)]
+    for name, more in (("cross", 0), ("sid", guided_units + 1)):
+        table.append((f"distillation ({name}, k_psi {args.k_psi})", args.iters * args.batch, distill_units + more, 2,
+                      max(loading, resume), 2 * resume + copy + kept, rows,
+                      lambda how, name=name: rehearse_distillation(how, name)))
+    table += [("50,000 teacher samples, 250 steps", images, 250 * guided_units + decode, 0, max(loading, 2 * pictures),
+               pictures, 100, rehearse_samples),
+              ("50,000 student samples", images, 1 + decode, 0, max(args.gpus * copy, 2 * pictures), pictures, 100,
+               lambda how: rehearse_samples(how._replace(cfg_scale=1.0)))]
+    print(f"{'stage':45}{'units':>7}{'hours':>9}{'GiB a GPU':>11}{'--shard':>9}{'--grad_checkpoint':>19}"
+          f"{'host GiB':>10}{'disk GiB':>10}")
+    for name, images, units, trained, host, disk, batch, act in table:
+        columns = [rehearse(act, how._replace(batch=batch))]
+        if trained:
+            columns += [columns[0] - 2 * copy * trained * (1 - 1 / args.gpus),
+                        rehearse(act, how._replace(batch=batch, recompute=True))]
+        cells = [f"{value / 2 ** 30:.1f}" for value in columns] + [""] * (3 - len(columns))
         print(f"{name:45}{units:7.1f}{images * units * forward / rate / 3600:9.1f}"
-              + "".join(f"{value / 2 ** 30:{space}.1f}" for value, space in zip(columns, (11, 9, 19))))
+              + "".join(f"{cell:>{space}}" for cell, space in zip(cells, (11, 9, 19)))
+              + f"{host / 2 ** 30:10.1f}{disk / 2 ** 30:10.1f}", flush=True)
 
 
 COMMANDS = {"iteration": iteration, "maps": maps, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic,

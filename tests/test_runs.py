@@ -928,10 +928,28 @@ UNITS = {"cross k_psi 5 --reuse_samples": (20, 33), "cross k_psi 5": (24, 33), "
          "sid k_psi 1": (10, 15)}  # of distill.py and of the naive arrangement, as docs/results.md states them
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how, objective", [
+    (("SiT-XXS/2", 16, 1, 10, 32), "cross"), (("SiT-XXS/2", 16, 3, 10, 16, 2.0), "sid"),
+    (("SiT-XS/4", 28, 1, 10, 32, 3.0), "gap"), (("SiT-XS/2", 16, 4, 10, 8), "dmd")])
+def test_planned_memory_is_what_distillation_takes(tmp_path, how, objective):
+    """Rehearsed on tensors without memory; measured as the allocator's peak over a whole run."""
+    import bench
+    how = bench.Rehearsal(*how)
+    planned = bench.rehearse(bench.rehearse_distillation, how, objective)
+    teacher, _, _ = bench.random_teacher(tmp_path, *how[:3])
+    flags = ("--batch", how.batch, "--cfg_scale", how.cfg_scale, "--objective", objective, "--device", "cpu")
+    with mock.patch("common.run.Run.report", lambda *_: None), torch.profiler.profile(profile_memory=True) as profile:
+        bench.run_trainer(distill, teacher, *flags, "--iters", 3)
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert planned == pytest.approx(max(np.cumsum(sizes)), rel=0.05)
+
+
 @unix
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, says", [
-    ("plan --model SiT-XL/2", ["M parameters", "distillation"]), ("sampling --model SiT-XXS/4", ["250 steps"]),
+    ("plan --model SiT-S/2", ["M parameters", "distillation .sid", "disk GiB"]),
+    ("sampling --model SiT-XXS/4", ["250 steps"]),
     ("maps --model SiT-XXS/4", ["sid: 9.6 units", "lagrange: 5.. units", "meanflow", "euler, jvp", "as sid"]),
     ("scale --models SiT-XXS/2", ["teacher step, eager", "distillation, gap", "of the matrix rate", "one-step"]),
     ("iteration --model SiT-XXS/4", [f"{row}: {a} units.*sgemm.* naive {b} units" for row, (a, b) in UNITS.items()])])
