@@ -228,7 +228,7 @@ def make_players(args, config, teacher, first):
     eval(): no dropout anywhere. Beta1 = 0: momentum chases a target that the other network has already moved."""
     torch.manual_seed(args.seed)  # a second time's embedding is new
     one_time = {**config, "network": {**config["network"], "second_time": False}}
-    nets, device = [build_from(config, first), build_from(one_time, teacher)], teacher.pos_embed.device
+    nets, device = [build_from(config, first), build_from(one_time, teacher)], next(teacher.parameters()).device
     averages = [frozen_copy(nets[0]) for _ in args.ema]
     torch.manual_seed(args.seed)
     nets.append(Head(nets[1].width).to(device) if args.gan_weight else None)

@@ -5,8 +5,15 @@ net(x_t, t, y, x1, r) takes x_t (B,C,H,W), t (B,) in [0, 1] with t = 0 data, lab
 it was built to see the reference of a bridge, and r (B,), the time that a flow map steps to, or None, and returns
 (B,C,H,W) in the prediction units named by its checkpoint's configuration. State-dict names are those of the released
 SiT and DiT weights.
+
+A network of your own takes SiT's place in build_model. It is called as above, by position up to x1, and takes the
+arguments x1 and r by these names where a bridge or a flow map needs them; `channels` and `num_classes` are read, a true
+`reference_channels` says that it reads x1, `grad_checkpoint` is set, a discriminator (distill.py --gan_weight) calls it
+with middle=True for tokens (B,T,width), and a frozen teacher's Linear and Conv2d outside `final_layer` are rounded to
+bf16 on a card. build_model checks it.
 """
 import copy
+import inspect
 import math
 import pathlib
 import re
@@ -179,7 +186,8 @@ class SiT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
         if self.r_embedder:  # zero: a flow map starts as its teacher
@@ -279,7 +287,7 @@ def frozen_copy(net):
 def round_weights(net):
     """Under autocast, round once, in place, what it would round in every pass: it remembers rounded weights
     of trained ones alone. This frozen one is for autocast from here on; the last layer is left out of both."""
-    kind = net.pos_embed.device.type
+    kind = next(net.parameters()).device.type
     for name, module in net.named_modules():
         rounds = isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("final_layer")
         if rounds and torch.is_autocast_enabled(kind):
@@ -305,14 +313,23 @@ LAYOUT = ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.embed
 
 
 def build_model(config):
-    """config["network"] holds the arguments of SiT."""
-    return SiT(**config["network"])
+    """config["network"] holds the arguments of SiT. Raises TypeError for a network that would not hear what it is
+    told."""
+    net, asked = SiT(**config["network"]), config["network"]
+    heard = inspect.signature(net.forward).parameters  # by name: **kwargs would swallow a bridge's x1 without a word
+    needs = ["x1"] * bool(asked.get("reference_channels")) + ["r"] * bool(asked.get("second_time"))
+    missing = [f"argument {name}" for name in needs if name not in heard]
+    missing += [f"attribute {name}" for name in ("channels", "num_classes", "reference_channels", "grad_checkpoint")
+                if not hasattr(net, name)]
+    if missing:
+        raise TypeError(f"{type(net).__name__} lacks the {', '.join(missing)}: see the top of model.py")
+    return net
 
 
 def build_from(config, net):
     """A network of this configuration in training that begins as `net`, which may lack the second time: a flow map does
     not depend on it at first. In eval(): no dropout anywhere."""
-    new = build_model(config).to(net.pos_embed.device).eval()
+    new = build_model(config).to(next(net.parameters()).device).eval()
     new.load_state_dict({**new.state_dict(), **net.state_dict()})
     return new
 

@@ -22,7 +22,7 @@ from common.autoencoder import decoder
 from common.files import reading, save_file, save_safetensors
 from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, read_images, save_picture, side_by_side,
                            square_grid, stack_rows, to_device, to_uint8)
-from common.run import (Parser, UserError, check_writable, command, generator, number, one_of, precision,
+from common.run import (Parser, UserError, check_idle, check_writable, command, generator, number, one_of, precision,
                         progress, start_processes, writing)
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, follow_map,
                           solve, start_at, student_input, time_grid)
@@ -232,12 +232,15 @@ def choose_sampler(args, net, config, name):
                             f"(scale {config['student']['cfg_scale']:g}), leave it out")
         if solver:
             raise UserError(f"--solver {solver}: {name} is a student, it has steps of its own; leave it out")
+        check_idle(args, {"restart": 0.0}, (("restart", "--steps above 1", (args.steps or most) > 1),))
         return Sampler(args.steps or most, restart=args.restart)
     if scale != 1 and net.num_classes == 0:
         raise UserError(f"--cfg_scale {scale:g}: {name} has no classes to guide with")
     if config.get("reference") == "unpaired" and solver not in (None, "posterior"):
         raise UserError(f"--solver {solver}: an unpaired bridge knows no velocity, leave it out (posterior)")
     solver = solver or ("posterior" if config.get("reference") else "euler")
+    check_idle(args, {"diffusion": "sigma", "cfg_interval": [0.0, 1.0]}, (
+        ("diffusion", "--solver sde", solver == "sde"), ("cfg_interval", "--cfg_scale", scale != 1)))
     return Sampler(args.steps or 50, solver, args.diffusion, scale, args.cfg_interval)
 
 

@@ -520,7 +520,8 @@ def plan(args):
     teacher_rows, rows = (max(1, n // args.gpus) for n in (args.teacher_batch, args.batch))
     # Files: weights, their average and two moments; of the distillation those of two networks and an average.
     copy = 4 * weights
-    teacher_file, resume, kept = 4 * copy, 7 * copy, args.iters // 1000 * copy
+    saves = args.iters // 1000  # of which the five newest and every tenth stay
+    teacher_file, resume, kept = 4 * copy, 7 * copy, (min(saves, 5) + max(0, saves - 5) // 10) * copy
     pictures = images * 3 * pixels ** 2
     # A process reads its teacher's file whole; what a run goes on from is mapped, once for all, and checked so.
     loading = args.gpus * teacher_file

@@ -29,6 +29,27 @@ final_layer.linear.weight final_layer.linear.bias final_layer.adaLN_modulation.1
 final_layer.adaLN_modulation.1.bias""".split()
 
 
+def test_a_network_that_would_not_hear_x1_is_refused(monkeypatch):
+    class Deaf(SiT):
+        def forward(self, x_t, t, y=None, *rest, **more):
+            return super().forward(x_t, t, y)
+    config = {"network": dict(size="XXS", patch=2, image_size=8, channels=1, num_classes=2)}
+    monkeypatch.setattr(model, "SiT", Deaf)
+    model.build_model(config)
+    for more, name in (({"reference_channels": 1}, "x1"), ({"second_time": True}, "r")):
+        with pytest.raises(TypeError, match=f"Deaf lacks the argument {name}"):
+            model.build_model({"network": {**config["network"], **more}})
+
+
+def test_hacks_without_a_bias_are_initialised(monkeypatch):
+    class Bare(model.Attention):
+        def __init__(self, width, *rest):
+            super().__init__(width, *rest)
+            self.qkv = torch.nn.Linear(width, 3 * width, bias=False)
+    monkeypatch.setattr(model, "Attention", Bare)
+    assert SiT("XXS", 2, 8, 1, 2).blocks[0].attn.qkv.bias is None
+
+
 def test_state_dict_names_are_those_of_the_released_weights():
     names = SiT(size="XXS", precondition=preconditioning(FAMILIES["ve"])).state_dict()
     assert set(names) == {name.replace(".x.", f".{i}.") for name in RELEASED for i in range(3)}

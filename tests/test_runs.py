@@ -192,7 +192,7 @@ def test_every_row_trains_distills_and_samples(runs, images, tmp_path, row, obje
     said = runs("train_teacher", "--data", images, *SMALL[:2], *tiny, "--interpolant", row, *more.get(row, ()))
     assert "3/3 (100%)" in said and "left" in said
     assert set(os.listdir(tmp_path)) == {"lock", "teacher.pt", "teacher.json", "log.jsonl", "samples_0000002.png",
-                                         "samples_0000003.png"}
+                                         "samples_0000003.png", "curves.png"}
     net, config = load_model(tmp_path / "teacher.pt")
     assert (config["network"]["num_classes"], config["interpolant"]) == (4, row)
     runs("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--objective", objective, "--cfg_scale", 2)
@@ -206,6 +206,41 @@ def test_every_row_trains_distills_and_samples(runs, images, tmp_path, row, obje
     assert student["t_init"] == pytest.approx(5 / 7, abs=1e-4) or row != "linear"
     runs("sample", "--ckpt", tmp_path / "student.pt", "--n", 3, "--out", tmp_path / "s.npz")
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 8, 8, 1)
+
+
+def test_what_a_run_says_keeps_and_puts_aside(runs, images, small_teacher, tmp_path):
+    """Numbered checkpoints that stay, what --fresh does with them, the header, yardsticks, and the end."""
+    flags = ("--teacher_ckpt", small_teacher, *SMALL[2:], "--save_every", 1, "--sample_every", 6, "--keep", 2)
+    said = runs("distill", *flags, "--iters", 12, "--out", tmp_path)
+    assert f"--keep 2 --iters 12 --out {tmp_path} (all: " in said and "the first picture comes at iteration 6" in said
+    assert [f.name[-6:-4] for f in sorted(tmp_path.glob("*.pth"))] == ["10", "11", "12"]
+    last = log(tmp_path, "distill")[-1]
+    assert last["spread_teacher"] > 0 and last["D2_first"] == log(tmp_path, "distill")[0]["D2"]
+    commit = load_checkpoint(tmp_path / "student.pt")["commit"]
+    assert last["commit"] == commit and (commit is None or re.fullmatch(r"[0-9a-f]{12}\+?", commit))
+    assert "nothing to do" in runs("distill", *flags, "--iters", 12, "--out", tmp_path)
+    said = runs("distill", *flags, "--iters", 1, "--fresh", "--out", tmp_path)
+    assert "5 pictures and checkpoints" in said and len([*(tmp_path / "before_fresh").iterdir()]) == 5
+    assert [f.name for f in tmp_path.glob("distill_*.png")] == ["distill_0000001.png"]
+    assert len(log(tmp_path, "distill")) == 1
+
+
+def test_wandb_is_asked_for_where_it_is_missing(refused, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    flags = ("--data", images, *SMALL, "--wandb", "p", "--out", tmp_path)
+    refused("train_teacher", *flags, says=("--wandb p", "pip install"))
+
+
+def test_wandb_gets_the_log_and_the_pictures(runs, images, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    spy = mock.Mock(side_effect=wandb.Image)
+    monkeypatch.setattr(wandb, "Image", spy)
+    runs("train_teacher", "--data", images, *SMALL, "--iters", 2, "--wandb", "p", "--out", tmp_path)
+    wandb.log({}, step=3)  # the summary is of steps that are over
+    assert wandb.run.summary["loss"] == log(tmp_path, "train_teacher")[-1]["loss"]
+    assert spy.call_args.args == (str(tmp_path / "samples_0000002.png"),) and [*tmp_path.glob("wandb/offline-run*")]
+    wandb.finish()
 
 
 def test_a_run_and_its_samples_in_the_precision_of_a_card(runs, flags, images, tmp_path, monkeypatch):
@@ -843,7 +878,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--model SiT-H/2", ("--model SiT-H/2", "SiT-SIZE/PATCH")), ("--model SiT-XXS/0", "--model SiT-XXS/0"),
         ("--model SiT-XXS/3", ("does not divide", "--image_size 6")), ("--image_size 9", "patch"),
         ("--data imagenet", "--data imagenet: no such data set"), ("--interpolant bridge", "--reference"),
-        ("--antithetic", "--interpolant bridge"), ("--gamma_scale 2", "for bridges"),
+        ("--antithetic", "without --interpolant bridge"), ("--gamma_scale 2", "--gamma_scale 2.0: does nothing"),
         ("--interpolant bridge --reference noise --antithetic --batch 5", ("--batch 5", "4 does")),
         ("--cache_latents x", ("--vae", "--image_size")), ("--pairs {images}", ("--pairs", "holds no noise")),
         ("--pairs none.npz", "none.npz"), ("--pairs {images} --image_size 8", "--pairs")]),
@@ -859,6 +894,9 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--student_ckpt {student}", ("--student_ckpt", "no flow map")), ("--flow_row imm", "freeflow"),
         ("--teacher_ckpt {ve} --student_ckpt {map}", "interpolant is linear"), ("--flow_row progressive", "unknown"),
         ("--teacher_ckpt {free} --student_ckpt {map}", "sizes"), ("--flow_weight 1 --student_steps 2", "any number"),
+        ("--reuse_samples", "--reuse_samples: does nothing without --k_psi"), ("--gan_from 9", "without --gan_weight"),
+        ("--kappa 2 --objective dmd", "--kappa 2.0: does nothing without --grad full"), ("--keep=-1", "--keep -1"),
+        ("--flow_row euler", "without --flow_weight"), ("--cfg_interval 0 0.5", "--cfg_interval 0.0 0.5: does nothing"),
         ("--flow_weight 1 --flow_row euler", "needs data"), ("--teacher_ckpt {unpaired} --flow_weight 1", "velocity"),
         ("--out file/in", "--out file/in: cannot be written")]),
     "flow_map": ("--teacher_ckpt {teacher} --data {images} --device cpu --out run", [
@@ -866,6 +904,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--row imm", ("--row imm", "lagrange, freeflow")), ("--mu 1", "must be below"), ("--mu 1.5", "--mu 1.5"),
         ("--row shortcut --tangent jvp", ("--tangent jvp", "shortcut")), ("--lam half", ("--lam half", "random")),
         ("--row euler --first data", ("--first data", "--tangent jvp")), ("--row freeflow", ("--data", "data-free")),
+        ("--grid 8", "without --row progressive"), ("--row shortcut --mu 0.2", "--mu 0.2: does nothing"),
+        ("--solver_steps 4", "a solver's leg"), ("--tangent_warmup 9", "without --tangent jvp"),
         ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.5 --t_max 0.4", "--t_min 0.5"),
         ("--teacher_ckpt {seen} --t_max 1", ("--t_max 1", "0.999")), ("--teacher_ckpt {unpaired}", "no velocity"),
         ("--teacher_ckpt {free} --cfg_scale 2", "no classes"), ("--data none", "no such data set")]),
@@ -875,7 +915,9 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--solver rk45", ("--solver rk45", "euler, heun, sde, posterior")), ("--diffusion none", "sigma"),
         ("--labels 4", ("--labels 4", "0 to 3")), ("--labels=-1", "0 to 3"), ("--labels cat", ("class cat", "0 to 3")),
         ("--cfg_interval 1 0", "below the second"), ("--vae x", "x: no such file"), ("--reference x", "--reference x"),
-        ("--truth x", "--truth x"), ("--out file", ("--out file", ".png")), ("--out a.jpg", ("--out a.jpg", ".png")),
+        ("--cfg_interval 0 0.5", "without --cfg_scale"), ("--diffusion sbdm", "without --solver sde"),
+        ("--ckpt {map} --restart 1", "without --steps above 1"), ("--truth x", "--truth x"),
+        ("--out file", ("--out file", ".png")), ("--out a.jpg", ("--out a.jpg", ".png")),
         ("--out full", ("--out full", "holiday.jpg")), ("--out file/s.png", "cannot be written"),
         ("--compare {teacher} {student}", "--ckpt FILE"),
         ("--ckpt {cut}", "damaged"), ("--ckpt none.pt", "--ckpt none.pt: no such file"),
