@@ -20,8 +20,8 @@ from common.autoencoder import decoder
 from common.data import Stream, open_data_of
 from common.files import checksum, load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, stack_rows, to_uint8
-from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, command, generator, number, one_of,
-                        precision, put_in_training)
+from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
+                        number, one_of, precision, put_in_training)
 from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
 from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, last_time, loss_weight, prediction_scale,
                           regression_loss, solve, start_at, student_input, time_grid, time_of_noise_ratio)
@@ -431,11 +431,12 @@ def main():
     legs = make_legs(problem, row, v_star, G.net, averages[0])
     watched = watch(problem, stream, times, args.seed, time_of_noise_ratio(noise_levels(problem, config), 1.0))
     run.begin(step)
-    run.say(f"from the teacher: {config['model']}, {config['interpolant']} path, {problem.prediction} prediction, "
-            f"{teacher.num_classes} classes; {device}" + f" x {run.world}" * (run.world > 1))
+    trained = {name: one.net for name, one in zip(("student", "critic", "head"), players) if one}
+    run.introduce(args.objective, config, data, trained,
+                  {"teacher": teacher, **{f"average {decay:g}:": net for decay, net in zip(args.ema, averages)}})
 
     def save(step):
-        content = {"flags": vars(args), "step": step, **made_with, **players.state()}
+        content = {"flags": vars(args), "step": step, "commit": code_commit(), **made_with, **players.state()}
         if run.rank == 0:
             save_checkpoint(run.out / "resume.pt", content)
             save_student(run.out / "student.pt", step)
@@ -447,8 +448,8 @@ def main():
 
     def save_student(path, step):
         first, *others = [net.state_dict() for net in averages]
-        save_checkpoint(path, {"config": config, "step": step, "ema": first, "decays": args.ema,
-                               "other_averages": others})
+        save_checkpoint(path, {"config": config, "step": step, "commit": code_commit(), "ema": first,
+                               "decays": args.ema, "other_averages": others})
 
     def picture(step):
         if run.rank == 0:

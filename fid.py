@@ -36,8 +36,8 @@ from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images
 from common.files import check_archive, download, file_sha256, load_checkpoint, reading, save_file
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image
-from common.run import (Parser, UserError, check_writable, command, first_process, from_first, in_turn, number, one_of,
-                        progress, start_processes)
+from common.run import (Parser, UserError, check_writable, code_commit, command, first_process, from_first, in_turn,
+                        number, one_of, progress, start_processes)
 from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named, uneven_counts
 
 # What one pass must collect for a metric, and from how many images at least.
@@ -564,7 +564,7 @@ def conclude(args, sides, results, ruler, world):
                 "scipy": scipy.__version__, "pillow": PIL.__version__}
     about = {"weights": ruler.weights, "weights_sha256": ruler.sha256, "resize": ruler.resize, "versions": versions,
              "dtype": "float32, moments and distances float64", "device": str(ruler.device), "processes": world,
-             "batch": args.batch}
+             "batch": args.batch, "commit": code_commit()}
     sources = describe_sides(args, sides)
     for role in sides:
         sources[role.lower()]["pixels_sha256"] = results[role].get("pixels")

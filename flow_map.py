@@ -19,8 +19,8 @@ from common.autoencoder import decoder
 from common.data import Stream, open_data_of
 from common.files import checksum, load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, stack_rows
-from common.run import (Parser, Run, UserError, add_run_flags, check_idle, command, generator, number, one_of,
-                        put_in_training)
+from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
+                        one_of, put_in_training)
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
                           start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
@@ -359,15 +359,16 @@ def main():
     stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
                     (args.t_min, args.t_max), data, reference, uneven_counts(config))
     run.begin(step)
-    run.say(f"{args.row}{', data-free' * free}: {config['model']}, {config['interpolant']} path, {problem.prediction} "
-            f"prediction, {teacher.num_classes} classes; {device}" + f" x {run.world}" * (run.world > 1))
+    frozen = {"average": average, "teacher": teacher, "stage before": before}
+    run.introduce(args.row, config, data, {"map": net}, {name: one for name, one in frozen.items() if one})
 
     def save(step):
         moments = X.moments()
         if run.rank == 0:
             save_checkpoint(run.out / "flow_map.pt", {
-                "config": mapped, "flags": vars(args), "step": step, **made_with, "model": net.state_dict(),
-                "ema": average.state_dict(), "before": before and before.state_dict(), "optimizer": moments})
+                "config": mapped, "flags": vars(args), "step": step, "commit": code_commit(), **made_with,
+                "model": net.state_dict(), "ema": average.state_dict(), "before": before and before.state_dict(),
+                "optimizer": moments})
 
     panels = {}
 

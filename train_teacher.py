@@ -15,8 +15,8 @@ from common.autoencoder import cache_latents, check_autoencoder, load_autoencode
 from common.data import Stream, load_images, load_pairs, load_reference
 from common.files import load_checkpoint, save_checkpoint
 from common.images import DEGRADATIONS, save_curves, save_picture, stack_rows
-from common.run import (Parser, Run, UserError, add_run_flags, check_idle, command, generator, number, one_of,
-                        put_in_training)
+from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
+                        one_of, put_in_training)
 from interpolants import FAMILIES, PREDICTIONS, Batch, Problem, Sampler, family, preconditioning, regression_loss
 from model import build_model, ema_update, frozen_copy, load_weights, parse_name
 from sample import choose_labels, generate
@@ -184,15 +184,14 @@ def main():
     stream = Stream(args.seed, args.batch, run.part, device, (data.channels, data.side, data.side), data.num_classes,
                     (1e-3, 1 - 1e-3), data, reference)
     run.begin(step)
-    run.say(f"{args.model}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {data.describe()}, "
-            f"{args.interpolant} path, {problem.prediction} prediction, {device}" + f" x {run.world}" * (run.world > 1))
+    run.introduce("teacher", config, data, {"network": net}, {"average": ema})
 
     def save(step):
         moments = v.moments()
         if run.rank == 0:
             save_checkpoint(run.out / "teacher.pt", {
-                "config": config, "flags": vars(args), "step": step, "data": fingerprint, "model": net.state_dict(),
-                "ema": ema.state_dict(), "optimizer": moments})
+                "config": config, "flags": vars(args), "step": step, "commit": code_commit(), "data": fingerprint,
+                "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": moments})
 
     def picture(step):
         if run.rank == 0:

@@ -20,7 +20,7 @@ import requests
 import torch
 import urllib3
 
-from common.run import UserError, code_commit, minutes, writing
+from common.run import UserError, minutes, writing
 
 
 @contextlib.contextmanager
@@ -117,8 +117,6 @@ def save_checkpoint(path, content):
     if sick := not_finite(content):
         raise UserError(f"iteration {content.get('step')}: {sick} is not finite; {path} is untouched: run the same "
                         "command again, with a lower --lr if this comes back")
-
-    content = {"commit": code_commit(), **content}
 
     def write(f):
         try:

@@ -515,6 +515,16 @@ class Run:
         if step == self.args.iters:
             self.say(f"nothing to do: {self.out} is at iteration {step}; raise --iters to go on")
 
+    def introduce(self, what, config, data, trained, frozen):
+        """Say what this run is, on which data, how large its networks are (dicts of nets), and what they take before
+        activations: weights, and of those in training a gradient and two moments."""
+        sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in {**trained, **frozen}.items()}
+        memory = sum(4 * size * (4 if name in trained else 1) for name, size in sizes.items()) / 2 ** 20
+        self.say(f"{what}: {config['model']}, {config['interpolant']} path, {config['prediction']} prediction; "
+                 + (data.describe() if data else f"data-free, {config['network']['num_classes']} classes"))
+        self.say(", ".join(f"{name} {size / 1e6:.2f} M" for name, size in sizes.items()) + f" parameters, {memory:.0f} "
+                 f"MiB before activations; {self.device}" + f" x {self.world}" * (self.world > 1))
+
     def put_aside(self):
         """--fresh: what the run before has numbered does not stand among what this one will."""
         old = [path for pattern in PICTURES[self.job] for path in self.out.glob(pattern)]

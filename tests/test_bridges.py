@@ -117,8 +117,8 @@ def test_steps_of_a_student():
     torch.testing.assert_close(start_at(linear, b, 0.7).x_t, 0.7 * noise[0][0])
 
     # sample.py may take fewer of them, the first always among them.
-    config = {"network": {"image_size": 4}, "interpolant": "linear", "prediction": "data", "student": {
-        "times": [0.8, 0.6, 0.4, 0.2]}}
+    config = {"network": {"image_size": 4, "num_classes": 3}, "interpolant": "linear", "prediction": "data",
+              "student": {"times": [0.8, 0.6, 0.4, 0.2]}}
     for steps, taken in ((None, [0.8, 0.6, 0.4, 0.2]), (2, [0.8, 0.4]), (1, [0.8])):
         small, seen = SiT("XXS", 2, 4, 1, 3), []
         small.register_forward_hook(lambda _, given, __: seen.append(round(float(given[1][0]), 3)))

@@ -379,7 +379,7 @@ def test_inception_alone_is_exact():
         return result
     torch.set_float32_matmul_precision("high")
     try:
-        source = fid.Source("s", 2, lambda start, stop: note(np.zeros((2, 8, 8, 3), np.uint8)), {})
+        source = fid.Source("s", 2, lambda rows: note(np.zeros((2, 8, 8, 3), np.uint8)), {})
         ruler = Ruler(lambda x: note((torch.zeros(2, fid.POOL),) * 3), "tf1", torch.device("cpu"))
         fid.measure(source, {"features"}, ruler, 2)
         assert seen == [("high", True), ("highest", False)] and now() == ("high", True)

@@ -466,7 +466,7 @@ ORIGINAL = "--model SiT-XXS/4 --batch 8 --lr 1e-5 --cfg_scale 4.0 --k_psi 5 --k_
 @unix
 @pytest.mark.parametrize("job, more", [
     *((job, "--accum 2 --lr 1e-5") for job in FILES), ("distill", ORIGINAL),
-    ("distill", "--flow_weight 1 --lr 1e-5"), ("flow_map", "--row shortcut --lr 1e-5")])
+    ("distill", "--flow_weight 1 --lr 1e-5"), ("flow_map", "--row shortcut --stage_iters 120 --lr 1e-5")])
 def test_two_processes_walk_the_path_of_one(runs, flags, tmp_path, job, more):
     flags = (*flags[job], *more.split(), "--iters", 4, "--out")
     runs(job, *flags, tmp_path / "one")
