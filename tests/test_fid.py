@@ -284,7 +284,7 @@ def test_all_metrics_and_a_complete_record(record, quick, monkeypatch):
     lines = found.pop("out").splitlines()
     assert [line.split()[0] for line in lines] == [f"{metric}@1000" for metric in fid.METRICS] and "+- " in lines[2]
     assert found.keys() == {*fid.METRICS, *("is_std kid_std kid_subset n samples reference weights weights_sha256 "
-                                            "resize dtype versions device processes batch kept").split()}
+                                            "resize dtype versions device processes batch commit kept").split()}
     assert found["n"] == 1000 and found["samples"]["sha256"] == fid.file_sha256("a.npz") and found["resize"] == "tf1"
 
 
