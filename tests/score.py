@@ -3,10 +3,13 @@
     python tests/score.py SAMPLES.npz --data mnist.npz
 
 Prints a Fréchet distance in the 64 features of a small MNIST classifier (assets/mnist_features.pt) against the 60,000
-training images (real held-out images: about 1), the mean per-pixel std over the samples in units of [-1, 1] (0.39 for
-real ones: low means collapse) and, where the file holds labels, the share of samples that the classifier puts in their
-own class (0.984 for real ones). Scores compare with each other alone, at equal numbers of samples.
+training images, precision and recall in the same features against as many training images as there are samples (recall
+falls where modes are lost), the distance of the median sample to the nearest training image, per pixel in units of
+[-1, 1] (copies are at 0), the mean per-pixel std over the samples (low means collapse) and, where the file holds labels,
+the share of samples that the classifier puts in their own class. Real held-out images as SAMPLES say what is best.
+Scores compare with each other alone, at equal numbers of samples.
 """
+import json
 import pathlib
 import sys
 
@@ -18,10 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import load_images  # noqa: E402
-from common.files import load_checkpoint  # noqa: E402
+from common.files import load_checkpoint, save_file  # noqa: E402
 from common.images import read_npz, to_device  # noqa: E402
 from common.run import Parser, UserError, command  # noqa: E402
-from fid import frechet  # noqa: E402
+from fid import frechet, precision_recall  # noqa: E402
 
 
 class Classifier(nn.Module):
@@ -40,13 +43,24 @@ def find_features(net, images, batch=1000):
     return torch.cat([net.f(part) for part in x.split(batch)])
 
 
+def find_nearest(images, reference, block=250):
+    """Each image's distance to the nearest of reference, both (N,28,28,C) uint8: the root of the mean squared difference
+    of pixels in [-1, 1] -> (N,)."""
+    x, y = (to_device(part, "cpu").mean(1).flatten(1) for part in (images, reference))  # (N,784)
+    squares = torch.cat([(y.square().sum(1) - 2 * part @ y.T).amin(1) for part in x.split(block)])
+    return ((squares + x.square().sum(1)).clamp_min(0) / x.shape[1]).sqrt()
+
+
 def score(images, labels, reference):
     """Samples (N,28,28,C) uint8, their labels (N,) or None, real images -> dict of the numbers."""
     net = Classifier().eval()
     net.load_state_dict(load_checkpoint(ROOT / "assets/mnist_features.pt"))
     features = [find_features(net, part) for part in (images, reference)]
     a, b = ((f.double().mean(0).numpy(), f.double().T.cov().numpy()) for f in features)
-    numbers = {"n": len(images), "frechet": frechet(*a, *b), "std": float(to_device(images, "cpu").std(0).mean())}
+    some = np.linspace(0, len(reference) - 1, min(len(images), len(reference))).astype(np.int64)
+    precision, recall = precision_recall(features[0].numpy(), features[1][some].numpy())
+    numbers = {"n": len(images), "frechet": frechet(*a, *b), "std": float(to_device(images, "cpu").std(0).mean()),
+               "precision": precision, "recall": recall, "nearest": float(find_nearest(images, reference).median())}
     if labels is not None:
         with torch.no_grad():
             hits = net.o(features[0]).argmax(1) == torch.from_numpy(labels.astype(np.int64))
@@ -59,12 +73,15 @@ def main():
     parser.add_argument("samples", metavar="SAMPLES.npz", help="arr_0 or images: (N,28,28) or (N,28,28,C) uint8")
     parser.add_argument("--data", default="mnist", help="the training images: mnist, or an .npz of them")
     parser.add_argument("--data_dir", default="data", help="where downloads are kept")
+    parser.add_argument("--json", default=None, help="FILE for the numbers at full precision")
     args = parser.parse_args()
     images, labels = read_npz(args.samples, "SAMPLES")
     if images.shape[1:3] != (28, 28):
         raise UserError(f"SAMPLES {args.samples}: images of {images.shape[1:3]}, expected 28x28")
     numbers = score(images, labels, load_images(args.data, args.data_dir).images)
     print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    if args.json:
+        save_file(args.json, lambda f: f.write((json.dumps(numbers) + "\n").encode()))
 
 
 if __name__ == "__main__":

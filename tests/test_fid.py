@@ -14,6 +14,7 @@ import common.data
 import fid
 from conftest import inception_weights
 from fid import Moments, Ruler, coverage, frechet, inception_input, inception_score, kernel_distance, precision_recall
+from score import score
 from test_runs import Life, unix
 
 CPU = torch.device("cpu")
@@ -153,6 +154,19 @@ def test_moments_are_those_of_numpy_whatever_the_batches():
         mu, sigma = moments.statistics()
         np.testing.assert_allclose(mu, x.double().mean(0), rtol=1e-12)
         np.testing.assert_allclose(sigma, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_score_without_inception_shows_copies_and_lost_modes():
+    """Blobs stand for digits: their features need not be those of digits to differ."""
+    rng = np.random.default_rng(0)
+    places = rng.uniform(6, 22, (400, 2))
+    grid = np.mgrid[:28, :28]
+    blobs = np.stack([255 * np.exp(-((grid - p[:, None, None]) ** 2).sum(0) / 20) for p in places]).astype(np.uint8)
+    blobs, (one, other) = blobs[..., None], np.split(np.arange(400), 2)
+    good, copied = (score(blobs[rows], None, blobs[one]) for rows in (other, one))
+    lost = score(blobs[other][places[other][:, 0] < 12], None, blobs[one])
+    assert copied["nearest"] < 1e-3 < 0.01 < good["nearest"] and good["recall"] > 0.8 > 0.6 > lost["recall"]
+    assert copied["frechet"] < 1e-6 < good["frechet"] < lost["frechet"] and lost["precision"] > 0.7
 
 
 def test_inception_score_of_known_logits():

@@ -293,6 +293,12 @@ def test_a_flow_map_ends_where_its_teachers_ode_does(script, mixture, tmp_path, 
         assert off(sampled(path, Sampler(4)), truth) < 0.9 * off(sampled(teacher, Sampler(4)), truth)
 
 
+def test_a_guided_map_goes_where_its_guided_teacher_is(script, mixture, tmp_path):
+    path, teacher = mapped(script, mixture, tmp_path, "--cfg_scale", 3), mixture / "linear/teacher.pt"
+    plain, guided = (strength(sampled(teacher, Sampler(10, cfg_scale=scale))) for scale in (1, 3))
+    assert strength(sampled(path)) - plain > 0.3 * (guided - plain)
+
+
 def test_a_student_starts_from_a_flow_map_or_stays_one(script, mixture, tmp_path):
     """After a step of no size the map itself; with --flow_weight its law is the data's, its ends the ODE's."""
     path, teacher = mapped(script, mixture, tmp_path / "map", "--iters", 20), mixture / "linear/teacher.pt"
