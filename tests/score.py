@@ -5,9 +5,9 @@
 Prints a Fréchet distance in the 64 features of a small MNIST classifier (assets/mnist_features.pt) against the 60,000
 training images, precision and recall in the same features against as many training images as there are samples (recall
 falls where modes are lost), the distance of the median sample to the nearest training image, per pixel in units of
-[-1, 1] (copies are at 0), the mean per-pixel std over the samples (low means collapse) and, where the file holds labels,
-the share of samples that the classifier puts in their own class. Real held-out images as SAMPLES say what is best.
-Scores compare with each other alone, at equal numbers of samples.
+[-1, 1] (copies are at 0), the mean per-pixel std over the samples (low means collapse) and, where the file holds
+labels, the share of samples that the classifier puts in their own class. Real held-out images as SAMPLES say what is
+best. Scores compare with each other alone, at equal numbers of samples.
 """
 import json
 import pathlib
@@ -44,8 +44,8 @@ def find_features(net, images, batch=1000):
 
 
 def find_nearest(images, reference, block=250):
-    """Each image's distance to the nearest of reference, both (N,28,28,C) uint8: the root of the mean squared difference
-    of pixels in [-1, 1] -> (N,)."""
+    """Each image's distance to the nearest of reference, both (N,28,28,C) uint8: the root of the mean squared
+    difference of pixels in [-1, 1] -> (N,)."""
     x, y = (to_device(part, "cpu").mean(1).flatten(1) for part in (images, reference))  # (N,784)
     squares = torch.cat([(y.square().sum(1) - 2 * part @ y.T).amin(1) for part in x.split(block)])
     return ((squares + x.square().sum(1)).clamp_min(0) / x.shape[1]).sqrt()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.data import Stream
+from common.files import load_checkpoint
 from common.images import to_device, to_uint8
 from flow_map import ROWS, Legs, Trip, draw_trip, make_legs, map_loss, tangent_target, trajectory_target
 from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, follow_map, leg_weight, loss_weight,
@@ -308,6 +309,18 @@ def test_runs_and_takes_steps(script, images, teachers, tmp_path, flags):
         code, _, err = script("sample", "--ckpt", tmp_path / "flow_map.pt", "--n", 3, "--device", "cpu", *start, *more,
                               "--out", tmp_path / "s.npz")
         assert code == 0, err
+
+
+def test_the_stage_before_is_the_average_that_a_stage_ended_with(script, images, small_teacher, tmp_path):
+    def trained(iters):
+        code, _, err = script("flow_map", "--teacher_ckpt", small_teacher, "--data", images, "--row", "progressive",
+                              "--grid", 4, "--stage_iters", 2, "--batch", 4, "--iters", iters, "--device", "cpu",
+                              "--out", tmp_path)
+        assert code == 0, err
+        return load_checkpoint(tmp_path / "flow_map.pt")
+    ended, on = trained(2), trained(3)
+    assert all(torch.equal(on["before"][name], weights) for name, weights in ended["ema"].items())
+    assert any(not torch.equal(on["ema"][name], weights) for name, weights in ended["ema"].items())
 
 
 def test_a_teacher_learns_on_pairs(script, small_teacher, tmp_path, monkeypatch):

@@ -1,0 +1,373 @@
+"""Every number of docs/results.md's tables, from commands.
+
+    python tests/results.py --list                                                # rows, and which seeds are done
+    python tests/results.py objectives --data mnist.npz --seeds 0,1,2 --jobs 2    # run what is missing of these
+    python tests/results.py --write                                               # the tables, from the records
+    python tests/results.py --pictures
+
+WORDS choose rows whose name or group contains one. A job is one row and one seed, on one thread: its stages, each a
+command as it would be typed, of which those with a budget are stopped by SIGTERM after so many seconds of their own CPU
+time, not counting what passes before they begin to train; then samples and scores. A stage that several rows share runs
+once. What is done stands in OUT (checkpoints, pictures) and, a record for each row and seed, in docs/results/; a job
+that was cut off begins its stage again.
+"""
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.data import draw_digits  # noqa: E402
+from common.files import save_file  # noqa: E402
+from common.images import draw_curves, save_picture  # noqa: E402
+from common.run import Parser, UserError, code_commit, command, number  # noqa: E402
+from distill import OBJECTIVES  # noqa: E402
+from flow_map import DATA_FREE, ROWS as MAPS  # noqa: E402
+
+RECORDS = ROOT / "docs/results"
+WRITES = {"train_teacher": "teacher.pt", "distill": "student.pt", "flow_map": "flow_map.pt"}
+
+
+class Stage(NamedTuple):
+    """A trainer's flags and its budget in seconds of CPU time. {0}, {1}: what the row's stages before it wrote; {data}:
+    MNIST."""
+    script: str
+    flags: str
+    seconds: float
+
+
+class Row(NamedTuple):
+    """group: of docs/results.md. stages: the last is scored. samples: label -> flags of sample.py; None in their place
+    scores real images that no teacher has seen."""
+    group: str
+    stages: tuple
+    samples: dict
+    n: int = 5000
+
+
+def teacher(flags="", seconds=900):
+    return Stage("train_teacher", f"--data {{data}} {flags}".strip(), seconds)
+
+
+def student(flags="", seconds=360, start=0):
+    return Stage("distill", f"--teacher_ckpt {{{start}}} {flags}".strip(), seconds)
+
+
+def flow_map(row="lagrange", flags="", seconds=360):
+    data = "" if MAPS[row].times in DATA_FREE else " --data {data}"
+    return Stage("flow_map", f"--teacher_ckpt {{0}}{data} --row {row} {flags}".strip(), seconds)
+
+
+ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
+SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver in ("euler", "heun") for k in (10, 25, 50, 250)}
+LINEAR = teacher("--interpolant linear")
+MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progressive": "--stage_iters 130"}
+
+
+def make_rows():
+    """name -> Row. Groups are those of docs/results.md."""
+    rows = {"real images": Row("families", (), {"held out": None}, 10000)}
+    for path in ("linear", "vp", "gvp", "ve"):
+        own = teacher(f"--interpolant {path}" + " --prediction data" * (path == "vp"))
+        rows[f"{path} teacher"] = Row("families", (own,), SOLVED, 10000)
+        rows[f"{path} student"] = Row("families", (own, student(seconds=600)), ONE, 10000)
+        for prediction in ("velocity", "data", "noise") if path != "ve" else ():
+            other = teacher(f"--interpolant {path} --prediction {prediction}")
+            rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
+            rows[f"{path} {prediction} student"] = Row("predictions", (other, student(seconds=600)), ONE)
+
+    settings = {name: f"--objective {name}" for name in OBJECTIVES}
+    settings.update({"kappa 0": "--objective gap --kappa 0"})
+    settings.update({f"RealUID {a} {b}": f"--objective gap --data {{data}} --real_alpha {a} --real_beta {b}"
+                     for a, b in ((0.9, 0.9), (0.95, 0.95), (0.9, 0.95))})
+    settings.update({f"sid, GAN {w}": f"--data {{data}} --gan_weight {w}" for w in (0.01, 0.1, 1)})
+    for seconds in (360, 900):
+        for name, flags in settings.items():
+            rows[f"{name}, {seconds} s"] = Row("objectives", (LINEAR, student(flags, seconds)), ONE)
+        for k in (2, 4):
+            few = student(f"--student_steps {k}", seconds)
+            rows[f"sid, {k} steps, {seconds} s"] = Row("objectives", (LINEAR, few), {str(k): ""})
+        for name in MAPS:
+            stage = flow_map(name, MAP_FLAGS.get(name, ""), seconds)
+            rows[f"map {name}, {seconds} s"] = Row("objectives", (LINEAR, stage), STEPS)
+        for share in (6, 3, 1.5):
+            first = flow_map(seconds=seconds / share)
+            rows[f"map {seconds / share:.0f} s, then sid, {seconds} s"] = Row("objectives", (
+                LINEAR, first, student("--student_ckpt {1}", seconds - seconds / share)), STEPS)
+        for name, data in (("lagrange", " --data {data}"), ("freeflow", "")):
+            both = student(f"--flow_weight 1 --flow_row {name}{data}", seconds)
+            rows[f"sid and {name} at once, {seconds} s"] = Row("objectives", (LINEAR, both), STEPS)
+
+    for name, flags in {
+            "original project": "--objective cross --k_psi 5 --lr 1e-5 --critic_lr 1e-5 --t_init 1",
+            "RealUID": "--objective gap --data {data} --real_alpha 0.94 --real_beta 0.96 --k_psi 5 --lr 3e-5",
+            "SiD": "--objective sid --lr 1e-5 --critic_lr 1e-5",
+            "DMD2": "--objective dmd --data {data} --gan_weight 3e-3 --gan_critic_weight 1e-2 --k_psi 5 --lr 5e-5",
+    }.items():
+        rows[f"as published: {name}"] = Row("recipes", (LINEAR, student(flags)), ONE)
+    rows["as published: MeanFlow"] = Row("recipes", (LINEAR, flow_map("meanflow", "--lr 1e-4")), STEPS)
+
+    for flag, values in {"t_init": (0.5, 1), "weight": ("uniform",), "critic_lr": (6e-4, 6e-3), "k_psi": (2, 5),
+                         "ema": (0.9, 0.995), "batch": (32, 128), "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
+        for value in values:
+            rows[f"sid --{flag} {value:g}" if flag != "weight" else f"sid --{flag} {value}"] = Row(
+                "defaults", (LINEAR, student(f"--{flag} {value}")), ONE)
+
+    for reference in ("lowres4", "inpaint", "jpeg10", "{digits}"):
+        bridge = teacher(f"--interpolant bridge --reference {reference}")
+        pairs, name = reference != "{digits}", reference.strip("{}")
+        start = "--reference {held_out} --degrade" if pairs else "--reference {digits}"
+        tail = () if pairs else ("--units data --objective sid",)
+        rows[f"{name} teacher"] = Row("bridges", (bridge,), {"50": start})
+        rows[f"{name} student"] = Row("bridges", (bridge, student(*tail)), {"1": start})
+        if pairs:
+            rows[f"{name} map"] = Row("bridges", (bridge, flow_map()), {k: f"{f} {start}" for k, f in STEPS.items()})
+
+    for size in ("XXS/4", "XS/4", "XS/2"):
+        for times in (1, 3):
+            own = teacher(f"--interpolant linear --model SiT-{size}", 300 * times)
+            rows[f"SiT-{size}, {300 * times} s teacher"] = Row("growth", (own,), {"50": ""})
+            rows[f"SiT-{size}, {300 * times} s student"] = Row("growth", (own, student(seconds=200 * times)), ONE)
+    for scale in (1.5, 2, 3):
+        rows[f"guidance {scale} teacher"] = Row("guidance", (LINEAR,), {"50": f"--cfg_scale {scale}"})
+        rows[f"guidance {scale} student"] = Row("guidance", (LINEAR, student(f"--cfg_scale {scale}")), ONE)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+def cpu_seconds(pid):
+    """Of this process and its threads so far; None where the system does not tell."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return None
+
+
+def call(words, log, budget=None, began=None):
+    """Run a command on one thread, its output at the end of log. With a budget: SIGTERM once it has used so many
+    seconds of CPU time since the file `began` was there. Raises RuntimeError where it fails."""
+    with open(log, "a") as out:
+        print("$", *words, file=out, flush=True)
+        process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        first = None
+        while process.poll() is None:
+            time.sleep(0.1)
+            used = cpu_seconds(process.pid)
+            if first is None and began and began.exists():
+                first = used
+            if budget and first is not None and used is not None and used - first > budget:
+                process.send_signal(signal.SIGTERM)
+                budget = None
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(words)}: exit code {process.returncode}, see {log}")
+
+
+class Runner:
+    """Where jobs run. Stages that rows share are run by the first that needs them."""
+
+    def __init__(self, args):
+        self.args, self.out = args, pathlib.Path(args.out).resolve()
+        self.locks, self.guard = {}, threading.Lock()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.names = {"data": pathlib.Path(args.data).resolve(), "digits": self.out / "digits.npz",
+                      "held_out": self.out / "held_out.npz"}
+        with np.load(args.data) as npz:
+            if "x_test" not in npz:
+                raise UserError(f"--data {args.data}: holds no x_test, which no teacher sees; give MNIST's mnist.npz")
+            order = np.random.default_rng(0).permutation(len(npz["x_test"]))[:10000]
+            held = {"images": npz["x_test"][order], "labels": npz["y_test"][order]}
+        save_file(self.names["held_out"], lambda f: np.savez(f, **held))
+        images, _ = draw_digits(10000, 28)
+        save_file(self.names["digits"], lambda f: np.savez(f, images=images))
+
+    def train(self, stage, seed, before):
+        """-> the stage's folder; its done.json holds what it cost."""
+        flags = stage.flags.format(*before, **self.names)
+        key = hashlib.sha256(repr((stage, seed, *map(str, before))).encode()).hexdigest()[:12]
+        folder = self.out / f"{stage.script}_{key}"
+        with self.guard:
+            lock = self.locks.setdefault(key, threading.Lock())
+        with lock:
+            if not (folder / "done.json").exists():
+                folder.mkdir(exist_ok=True)
+                job = stage.script.replace("train_", "")
+                (folder / f"{job}.json").unlink(missing_ok=True)
+                never = str(10 ** 6)
+                words = [f"{stage.script}.py", *flags.split(), "--seed", str(seed), "--iters", never, "--sample_every",
+                         never, "--save_every", never, "--fresh", "--device", "cpu", "--out", str(folder)]
+                began = time.time()
+                call(words, folder / "out.txt", stage.seconds * self.args.scale, folder / f"{job}.json")
+                done = re.findall(r"stopped after iteration (\d+)", (folder / "out.txt").read_text())
+                log = folder / "log.jsonl"
+                lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+                cost = {"script": stage.script, "flags": stage.flags, "cpu_seconds": stage.seconds * self.args.scale,
+                        "wall_seconds": time.time() - began, "iterations": int(done[-1]) if done else None,
+                        **{k: lines[-1][k] for k in ("images_per_second", "memory_mib") if lines}}
+                save_file(folder / "done.json", lambda f: f.write(json.dumps(cost).encode()))
+        return folder
+
+    def job(self, name, row, seed):
+        """Train, sample, score, and write the record."""
+        folders = []
+        for stage in row.stages:
+            folders.append(self.train(stage, seed, [f / WRITES[f.name.rsplit("_", 1)[0]] for f in folders]))
+        place, scores = self.out / re.sub(r"\W+", "_", f"{name}_{seed}"), {}
+        place.mkdir(exist_ok=True)
+        for label, flags in row.samples.items():
+            samples, log = self.names["held_out"], place / "out.txt"
+            log.unlink(missing_ok=True)
+            n = max(50, round(row.n * min(1, self.args.scale)))
+            if flags is not None:
+                samples, path = place / "samples.npz", folders[-1] / WRITES[row.stages[-1].script]
+                words = ["sample.py", "--ckpt", str(path), *flags.format(**self.names).split(), "--seed", "1",
+                         "--batch", "250", "--device", "cpu"]
+                call([*words, "--n", str(n), "--out", str(samples)], log)
+                call([*words, "--n", "40", "--out", str(place / f"{label.replace(' ', '_')}.png")], log)
+            found = place / "score.json"
+            call(["tests/score.py", str(samples), "--data", str(self.names["data"]), "--json", str(found)], log)
+            scores[label] = json.loads(found.read_text())
+            restored = re.findall(r"PSNR ([\d.]+) dB", log.read_text())
+            scores[label].update({"psnr": float(restored[0])} if restored else {})
+        info = pathlib.Path("/proc/cpuinfo")
+        cpu = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        record = {"row": name, "group": row.group, "seed": seed, "scores": scores, "commit": code_commit(),
+                  "stages": [json.loads((f / "done.json").read_text()) for f in folders],
+                  "versions": versions,
+                  "machine": f"{cpu[0] if cpu else platform.machine()}, {os.cpu_count()} cores, one thread a job"}
+        self.args.records.mkdir(parents=True, exist_ok=True)
+        save_file(record_path(self.args.records, name, seed), lambda f: f.write(
+            (json.dumps(record, indent=1) + "\n").encode()))
+
+
+def record_path(records, name, seed):
+    return records / (re.sub(r"\W+", "_", name) + f"_{seed}.json")
+
+
+def run(args, rows):
+    runner = Runner(args)
+    jobs = [(name, row, seed) for seed in args.seeds for name, row in rows.items()
+            if not record_path(args.records, name, seed).exists()]
+    began, failed = time.time(), []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as workers:
+        pending = {workers.submit(runner.job, *job): job for job in jobs}
+        for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
+            name, _, seed = pending[future]
+            if problem := future.exception():
+                failed.append(name)
+                print(f"{name}, seed {seed}: {problem}", file=sys.stderr, flush=True)
+            left = (time.time() - began) / done * (len(jobs) - done) / 60
+            print(f"{done}/{len(jobs)} {name}, seed {seed}; about {left:.0f} minutes left", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} jobs failed, {failed[0]} among them; mend them and run the same command again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to tables and pictures
+
+def read_records(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def table(records, group):
+    """Markdown: a line for each row and way of sampling, mean and spread (standard deviation) over its seeds."""
+    columns = {"score": ("frechet", 2), "accuracy": ("accuracy", 3), "std": ("std", 3), "precision": ("precision", 3),
+               "recall": ("recall", 3), "nearest": ("nearest", 3), "PSNR": ("psnr", 2)}
+    lines = [f"| row | sampled | seeds | n | {' | '.join(columns)} | iterations |", "|" + "---|" * (len(columns) + 5)]
+    for name in make_rows():
+        mine = [r for r in records if (r["row"], r["group"]) == (name, group)]
+        for label in mine[0]["scores"] if mine else ():
+            scores = [r["scores"][label] for r in mine]
+
+            def cell(key, digits):
+                values = [s[key] for s in scores if key in s]
+                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+                return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
+            steps = [" + ".join(str(stage["iterations"]) for stage in r["stages"]) for r in mine]
+            cells = [name, label, str(len(mine)), str(scores[0]["n"]), *(cell(*how) for how in columns.values())]
+            lines.append(f"| {' | '.join([*cells, ', '.join(steps)])} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+
+def write(records, page):
+    """The page's text with each table between <!-- results:GROUP --> and <!-- end --> made anew."""
+    return re.sub(r"<!-- results:(\w+) -->\n.*?<!-- end -->",
+                  lambda m: f"<!-- results:{m[1]} -->\n{table(records, m[1])}\n<!-- end -->", page, flags=re.S)
+
+
+def pictures(records, folder):
+    """Score against seconds of training of what was run with several budgets -> the files written."""
+    curves = {}
+    for r in records:
+        name = re.sub(r"( \d+ s)?(, then sid)?, \d+ s$", r"\2", r["row"])
+        seconds = sum(stage["cpu_seconds"] for stage in r["stages"][1:])
+        if re.search(r", \d+ s$", r["row"]):
+            for label, score in r["scores"].items():
+                curves.setdefault(f"{name} ({label})", {}).setdefault(seconds, []).append(score["frechet"])
+    lines = {name: tuple(zip(*sorted((s, statistics.mean(v)) for s, v in points.items())))
+             for name, points in curves.items() if len(points) > 1}
+    if not lines:
+        return []
+    best = sorted(lines, key=lambda name: min(lines[name][1]))[:10]
+    picture = draw_curves({name: lines[name] for name in best}, "seconds of training, one core", "score")
+    return [save_picture(folder / "seconds.png", picture)]
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORDS", help="of rows' names or groups; all without any")
+    parser.add_argument("--data", default="mnist.npz", help="MNIST, with x_train, y_train, x_test and y_test")
+    parser.add_argument("--out", default="out/results", help="folder of checkpoints and samples")
+    parser.add_argument("--records", type=pathlib.Path, default=RECORDS, help="folder of records")
+    parser.add_argument("--seeds", default="0", help="such as 0,1,2")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="at once, one thread each")
+    parser.add_argument("--scale", type=number(float, 0, open_low=True), default=1.0, help="of budgets and samples, "
+                        "for trying things out")
+    parser.add_argument("--list", action="store_true", help="print the rows and which seeds are done")
+    parser.add_argument("--write", action="store_true", help="write the tables of docs/results.md and README.md")
+    parser.add_argument("--pictures", action="store_true", help="draw assets/seconds.png")
+    args = parser.parse_args()
+    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        raise UserError(f"--seeds {args.seeds}: give whole numbers such as 0,1,2")
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    rows = {name: row for name, row in make_rows().items()
+            if not args.words or any(word in f"{row.group} {name}" for word in args.words)}
+    if not rows:
+        raise UserError(f"WORDS {' '.join(args.words)}: no row has one of them; --list prints all")
+    if args.list:
+        for name, row in rows.items():
+            done = [str(s) for s in range(10) if record_path(args.records, name, s).exists()]
+            print(f"{row.group:12} {name:45} seeds {','.join(done) or '-'}")
+    elif args.write or args.pictures:
+        records = read_records(args.records)
+        for page in (ROOT / "README.md", ROOT / "docs/results.md") if args.write else ():
+            page.write_text(write(records, page.read_text()))
+        for path in pictures(records, ROOT / "assets") if args.pictures else ():
+            print(f"wrote {path}")
+    elif not pathlib.Path(args.data).is_file():
+        raise UserError(f"--data {args.data}: no such file")
+    else:
+        run(args, rows)
+
+
+if __name__ == "__main__":
+    command(main)
