@@ -26,7 +26,8 @@ from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
 from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, last_time, loss_weight, prediction_scale,
                           regression_loss, solve, start_at, student_input, time_grid, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
-from sample import add_teacher_flags, is_flow_map, load_named, load_teacher, noise_levels, student_times, uneven_counts
+from sample import (add_teacher_flags, column_names, is_flow_map, load_named, load_teacher, noise_levels, student_times,
+                    uneven_counts)
 
 
 class Objective(NamedTuple):
@@ -457,8 +458,7 @@ def main():
                 rows = watched.rows(averages[0], v_star, v_psi)
             rows = [to_uint8(decode(x) if decode else x) for x in rows]
             captions = ["from"] * (len(rows) - 3) + ["student", "teacher of it", "critic of it"]
-            names = config.get("classes", ())
-            columns = [names[i] for i in watched.b.y[:10]] if 0 < len(names) <= 10 and not reference else ()
+            columns = () if reference else column_names(config, watched.b.y[:10])
             save_curves(run.out)
             return save_picture(run.out / f"distill_{step:07d}.png", stack_rows(rows, 640, captions, columns))
 

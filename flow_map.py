@@ -24,7 +24,7 @@ from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
                           start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import add_teacher_flags, choose_labels, generate, load_teacher, noise_levels, uneven_counts
+from sample import add_teacher_flags, choose_labels, column_names, generate, load_teacher, noise_levels, uneven_counts
 
 
 class Row(NamedTuple):
@@ -418,9 +418,8 @@ def draw_picture(path, flow_map, teacher, stream, decode, panels):
         panels["teacher"] = generate(v_star, settings, y, stream.seed, range(n), how, x1, decode)
     steps = [generate(net, config, y, stream.seed, range(n), Sampler(k), x1, decode) for k in (1, 2, 4)]
     captions = ["from"] * (x1 is not None) + ["1 step", "2 steps", "4 steps", "teacher, 50"]
-    names = config.get("classes", ())
-    columns = [names[i] for i in y] if x1 is None and len(names) <= 10 else ()
-    return save_picture(path, stack_rows([*[x1] * (x1 is not None), *steps, panels["teacher"]], 640, captions, columns))
+    rows = [*[x1] * (x1 is not None), *steps, panels["teacher"]]
+    return save_picture(path, stack_rows(rows, 640, captions, column_names(config, y) if x1 is None else ()))
 
 
 if __name__ == "__main__":

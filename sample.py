@@ -164,6 +164,12 @@ def find_classes(flag, wanted, config):
     return np.array(labels, np.int64)
 
 
+def column_names(config, labels):
+    """Names of these labels' classes, to stand above the columns of a picture; none where they are unknown or many."""
+    names = config.get("classes") or ()
+    return [names[int(i)] for i in labels] if 0 < len(names) <= 10 else []
+
+
 def choose_labels(spec, n, config, seed=0):
     """data (as often as in the teacher's data; balanced where those are or are unknown) | balanced | uniform | a
     comma-separated list of classes, repeated to length n -> (n,) int64 array; zeros without classes."""

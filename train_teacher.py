@@ -19,7 +19,7 @@ from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_
                         one_of, put_in_training)
 from interpolants import FAMILIES, PREDICTIONS, Batch, Problem, Sampler, family, preconditioning, regression_loss
 from model import build_model, ema_update, frozen_copy, load_weights, parse_name
-from sample import choose_labels, generate
+from sample import choose_labels, column_names, generate
 
 
 def draw_batch(stream, step, images, label_dropout, pairs):
@@ -222,11 +222,12 @@ def draw_picture(path, net, config, stream, autoencoder):
         images = generate(net, config, y, stream.seed, rows, Sampler(25), x1)
         rows = [x1, images, stream.data.images[rows]]
         return save_picture(path, stack_rows(rows, 640, ("from", "sample", "data")))
-    classes = config.get("classes", [])[:10] if stream.num_classes <= 10 else []
-    n = 10 * (len(classes) or 10)
-    images = generate(net, config, choose_labels("balanced", n, config), stream.seed, range(n), Sampler(25),
+    classes = stream.num_classes
+    n = 10 * (classes if 0 < classes <= 10 else 10)
+    y = choose_labels("balanced", n, config)
+    images = generate(net, config, y, stream.seed, range(n), Sampler(25),
                       decode=autoencoder.decode if autoencoder else None)
-    return save_picture(path, stack_rows(np.split(images, 10), 640, (), classes))
+    return save_picture(path, stack_rows(np.split(images, 10), 640, (), column_names(config, y[:n // 10])))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,16 @@ def test_what_a_run_says_keeps_and_puts_aside(runs, images, small_teacher, tmp_p
     assert len(log(tmp_path, "distill")) == 1
 
 
+def test_teachers_that_name_no_classes_are_pictured(runs, images, small_teacher, tmp_path):
+    """Those of earlier versions, and released ones."""
+    state = load_checkpoint(small_teacher)
+    state["config"] = {key: value for key, value in state["config"].items() if not key.startswith("class")}
+    save_checkpoint(tmp_path / "old.pt", state)
+    for job, more in (("flow_map", ("--data", images)), ("distill", ())):
+        runs(job, "--teacher_ckpt", tmp_path / "old.pt", *more, *SMALL[2:], "--iters", 1, "--out", tmp_path / job)
+        assert (tmp_path / job / f"{job}_0000001.png").exists()
+
+
 def test_wandb_is_asked_for_where_it_is_missing(refused, images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     flags = ("--data", images, *SMALL, "--wandb", "p", "--out", tmp_path)
