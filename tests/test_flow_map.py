@@ -195,6 +195,25 @@ def test_the_teachers_data_leave_the_map_where_it_is():
     assert abs(whole.mean()) > 5 * whole.std() / n ** 0.5
 
 
+def test_the_warm_up_scales_the_derivatives_share():
+    problem, b = setting("linear", to_zero=0.0)
+    row = ROWS["meanflow"]
+    legs, trip = legs_of(problem, row, lambda b: torch.sin(b.x_t + b.t.reshape(-1, 1, 1, 1))), trip_of(problem, row, b)
+    none, half, whole = (tangent_target(problem, row, legs, trip._replace(share=share), b.x_t) for share in (0, 0.5, 1))
+    torch.testing.assert_close(half, (none + whole) / 2)
+    assert (none - whole).abs().amax() > 0.01
+
+
+def test_the_power_divides_each_rows_loss():
+    problem, b = setting("linear")
+    row = ROWS["lagrange"]
+    trip, legs = trip_of(problem, row, b), legs_of(problem, row, lambda b: exact_map(problem, b))
+    plain, half = (map_loss(problem, row._replace(power=power), legs, lambda x_t, *_, **__: 0 * x_t, trip)
+                   for power in (0, 0.5))
+    assert plain.min() > 0
+    torch.testing.assert_close(half, plain / (plain + 1e-3).sqrt())
+
+
 def test_restart_1_is_the_students_renoising():
     problem, b = setting("linear")
     net = lambda x_t, t, y=None, r=None: torch.tanh(x_t + t.reshape(-1, 1, 1, 1))  # noqa: E731
@@ -321,6 +340,17 @@ def test_the_stage_before_is_the_average_that_a_stage_ended_with(script, images,
     ended, on = trained(2), trained(3)
     assert all(torch.equal(on["before"][name], weights) for name, weights in ended["ema"].items())
     assert any(not torch.equal(on["ema"][name], weights) for name, weights in ended["ema"].items())
+
+
+def test_the_anchor_has_its_weight(script, images, small_teacher, tmp_path):
+    weights = []
+    for anchor in (0, 1, 3):
+        code, _, err = script("flow_map", "--teacher_ckpt", small_teacher, "--data", images, "--anchor", anchor,
+                              "--batch", 4, "--iters", 2, "--device", "cpu", "--out", tmp_path / str(anchor))
+        assert code == 0, err
+        model = load_checkpoint(tmp_path / str(anchor) / "flow_map.pt")["model"]
+        weights.append(torch.cat([w.flatten() for w in model.values()]))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:]))
 
 
 def test_a_teacher_learns_on_pairs(script, small_teacher, tmp_path, monkeypatch):
