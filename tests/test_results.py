@@ -8,7 +8,7 @@ import pytest
 
 import results
 from conftest import ROOT
-from results import WRITES, call, make_rows, pictures, read_records, record_path, table, write
+from results import WRITES, Runner, call, make_rows, pictures, read_records, record_path, table, write
 
 
 def test_every_row_is_made_of_flags_that_the_scripts_take(monkeypatch):
@@ -53,20 +53,42 @@ def test_the_pages_hold_the_records_numbers(page):
     assert write(read_records(results.RECORDS), text) == text
 
 
-@pytest.mark.slow
-def test_rows_run_once_and_go_on(tmp_path, monkeypatch):
-    """A row of two stages at a thousandth of its budget; the second row finds the teacher of the first."""
-    rng = np.random.default_rng(0)
+def test_rows_run_once_and_go_on(script, tmp_path, monkeypatch):
+    """The second row finds the teacher of the first. In this process, of two iterations each."""
+    rng, calls = np.random.default_rng(0), []
     x, y = rng.integers(0, 256, (300, 28, 28)).astype(np.uint8), np.arange(300) % 10
     np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[:60], y_test=y[:60])
-    args = argparse.Namespace(data=tmp_path / "mnist.npz", out=tmp_path / "o", records=tmp_path / "r", seeds=[0],
-                              jobs=1, scale=1e-3)
+    args = argparse.Namespace(data=tmp_path / "mnist.npz", out=tmp_path / "o", records=tmp_path / "r", scale=1e-3)
+
+    def call(words, log, *budget):
+        calls.append(words[0])
+        code, said, err = script(words[0].split("/")[-1][:-3], *words[1:], *["--iters", "2"] * bool(budget))
+        assert code == 0, err
+        log.write_text(said)
+    monkeypatch.setattr(results, "call", call)
+    monkeypatch.setattr(results, "draw_digits", lambda n, size: (x, y))
     rows = {name: make_rows()[name] for name in ("sid, 360 s", "map lagrange, 360 s")}
-    results.run(args, {"sid, 360 s": rows["sid, 360 s"]})
-    calls, real = [], call
-    monkeypatch.setattr(results, "call", lambda words, *rest: (calls.append(words[0]), real(words, *rest)))
-    results.run(args, rows)
+    runner = Runner(args)
+    runner.job("sid, 360 s", rows["sid, 360 s"], 0)
+    del calls[:]
+    runner.job("map lagrange, 360 s", rows["map lagrange, 360 s"], 0)
     assert calls == ["flow_map.py", *["sample.py", "sample.py", "tests/score.py"] * 3]
     found = {record["row"]: record for record in read_records(tmp_path / "r")}
     assert found.keys() == rows.keys() and found["map lagrange, 360 s"]["scores"].keys() == {"1", "2", "4"}
     assert [stage["script"] for stage in found["sid, 360 s"]["stages"]] == ["train_teacher", "distill"]
+
+
+def test_a_budget_is_of_cpu_time_since_training_began(tmp_path):
+    """A command that loads for half a second, begins, and works until it is told to stop; and one that fails."""
+    program = tmp_path / "p.py"
+    program.write_text("""import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print(time.process_time() - began), sys.exit(0)))
+while time.process_time() < 0.5: pass
+began = time.process_time()
+pathlib.Path(sys.argv[1]).touch()
+while True: pass
+""")
+    call([str(program), str(tmp_path / "began")], tmp_path / "log", 1.0, tmp_path / "began")
+    assert 0.8 < float((tmp_path / "log").read_text().split()[-1]) < 2
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        call([str(program)], tmp_path / "log")
