@@ -53,11 +53,11 @@ class Stage(NamedTuple):
 
 class Row(NamedTuple):
     """group: of docs/results.md. stages: the last is scored. samples: label -> flags of sample.py; None in their place
-    scores real images that no teacher has seen."""
+    scores real images that no teacher has seen. n: samples, where these flags do not say otherwise."""
     group: str
     stages: tuple
     samples: dict
-    n: int = 5000
+    n: int = 2000
 
 
 def teacher(flags="", seconds=900):
@@ -74,18 +74,21 @@ def flow_map(row="lagrange", flags="", seconds=360):
 
 
 ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
-SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver in ("euler", "heun") for k in (10, 25, 50, 250)}
+SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
+    ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
+BEST = ("sid", "map lagrange")  # these run for 15 minutes as well
 LINEAR = teacher("--interpolant linear")
 MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progressive": "--stage_iters 130"}
 
 
 def make_rows():
     """name -> Row. Groups are those of docs/results.md."""
-    rows = {"real images": Row("families", (), {"held out": None}, 10000)}
+    rows = {"real images": Row("families", (), {"held out": None})}
     for path in ("linear", "vp", "gvp", "ve"):
         own = teacher(f"--interpolant {path}" + " --prediction data" * (path == "vp"))
-        rows[f"{path} teacher"] = Row("families", (own,), SOLVED, 10000)
-        rows[f"{path} student"] = Row("families", (own, student(seconds=600)), ONE, 10000)
+        rows[f"{path} teacher"] = Row("families", (own,), {"50": ""})
+        rows[f"{path} student"] = Row("families", (own, student(seconds=600)), {**ONE, "1 ": "--n 10000"})
+        rows[f"{path} teacher, solvers"] = Row("solvers", (own,), SOLVED)
         for prediction in ("velocity", "data", "noise") if path != "ve" else ():
             other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
@@ -97,21 +100,22 @@ def make_rows():
                      for a, b in ((0.9, 0.9), (0.95, 0.95), (0.9, 0.95))})
     settings.update({f"sid, GAN {w}": f"--data {{data}} --gan_weight {w}" for w in (0.01, 0.1, 1)})
     for seconds in (360, 900):
+        made = {}
         for name, flags in settings.items():
-            rows[f"{name}, {seconds} s"] = Row("objectives", (LINEAR, student(flags, seconds)), ONE)
+            made[name] = (student(flags, seconds),), ONE
         for k in (2, 4):
-            few = student(f"--student_steps {k}", seconds)
-            rows[f"sid, {k} steps, {seconds} s"] = Row("objectives", (LINEAR, few), {str(k): ""})
+            made[f"sid, {k} steps"] = (student(f"--student_steps {k}", seconds),), {str(k): ""}
         for name in MAPS:
-            stage = flow_map(name, MAP_FLAGS.get(name, ""), seconds)
-            rows[f"map {name}, {seconds} s"] = Row("objectives", (LINEAR, stage), STEPS)
-        for share in (6, 3, 1.5):
-            first = flow_map(seconds=seconds / share)
-            rows[f"map {seconds / share:.0f} s, then sid, {seconds} s"] = Row("objectives", (
-                LINEAR, first, student("--student_ckpt {1}", seconds - seconds / share)), STEPS)
+            made[f"map {name}"] = (flow_map(name, MAP_FLAGS.get(name, ""), seconds),), STEPS
+        for part in (6, 3, 1.5):
+            then = flow_map(seconds=seconds / part), student("--student_ckpt {1}", seconds - seconds / part)
+            made[f"map for 1/{part:g}, then sid"] = then, STEPS
         for name, data in (("lagrange", " --data {data}"), ("freeflow", "")):
             both = student(f"--flow_weight 1 --flow_row {name}{data}", seconds)
-            rows[f"sid and {name} at once, {seconds} s"] = Row("objectives", (LINEAR, both), STEPS)
+            made[f"sid and {name} at once"] = (both,), STEPS
+        for name, (stages, samples) in made.items():
+            if seconds == 360 or name in BEST:
+                rows[f"{name}, {seconds} s"] = Row("objectives", (LINEAR, *stages), samples)
 
     for name, flags in {
             "original project": "--objective cross --k_psi 5 --lr 1e-5 --critic_lr 1e-5 --t_init 1",
@@ -232,21 +236,24 @@ class Runner:
             folders.append(self.train(stage, seed, [f / WRITES[f.name.rsplit("_", 1)[0]] for f in folders]))
         place, scores = self.out / re.sub(r"\W+", "_", f"{name}_{seed}"), {}
         place.mkdir(exist_ok=True)
+        files = []
         for label, flags in row.samples.items():
-            samples, log = self.names["held_out"], place / "out.txt"
+            files.append(self.names["held_out"] if flags is None else place / f"{label.replace(' ', '_')}.npz")
+            log = files[-1].with_suffix(".txt")
             log.unlink(missing_ok=True)
-            n = max(50, round(row.n * min(1, self.args.scale)))
             if flags is not None:
-                samples, path = place / "samples.npz", folders[-1] / WRITES[row.stages[-1].script]
-                words = ["sample.py", "--ckpt", str(path), *flags.format(**self.names).split(), "--seed", "1",
-                         "--batch", "250", "--device", "cpu"]
-                call([*words, "--n", str(n), "--out", str(samples)], log)
-                call([*words, "--n", "40", "--out", str(place / f"{label.replace(' ', '_')}.png")], log)
-            found = place / "score.json"
-            call(["tests/score.py", str(samples), "--data", str(self.names["data"]), "--json", str(found)], log)
-            scores[label] = json.loads(found.read_text())
-            restored = re.findall(r"PSNR ([\d.]+) dB", log.read_text())
-            scores[label].update({"psnr": float(restored[0])} if restored else {})
+                words = ["sample.py", "--ckpt", str(folders[-1] / WRITES[row.stages[-1].script]), "--n",
+                         str(max(50, round(row.n * min(1, self.args.scale)))), "--seed", "1", "--batch", "50",
+                         "--device", "cpu", *flags.format(**self.names).split()]
+                call([*words, "--out", str(files[-1])], log)
+                call([*words, "--n", "40", "--out", str(files[-1].with_suffix(".png"))], log)
+        found = place / "score.json"
+        call(["tests/score.py", *map(str, files), "--data", str(self.names["data"]), "--json", str(found)],
+             place / "score.txt")
+        for label, file, numbers in zip(row.samples, files, json.loads(found.read_text())):
+            log = file.with_suffix(".txt")
+            restored = re.findall(r"PSNR ([\d.]+) dB", log.read_text()) if log.exists() else ()
+            scores[label] = {**numbers, **({"psnr": float(restored[0])} if restored else {})}
         info = pathlib.Path("/proc/cpuinfo")
         cpu = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

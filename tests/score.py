@@ -1,8 +1,8 @@
 """Score samples of MNIST without Inception weights.
 
-    python tests/score.py SAMPLES.npz --data mnist.npz
+    python tests/score.py SAMPLES.npz [MORE.npz] --data mnist.npz
 
-Prints a Fréchet distance in the 64 features of a small MNIST classifier (assets/mnist_features.pt) against the 60,000
+Prints, for each file, a Fréchet distance in the 64 features of a small MNIST classifier (assets/mnist_features.pt) against the 60,000
 training images, precision and recall in the same features against as many training images as there are samples (recall
 falls where modes are lost), the distance of the median sample to the nearest training image, per pixel in units of
 [-1, 1] (copies are at 0), the mean per-pixel std over the samples (low means collapse) and, where the file holds
@@ -51,37 +51,44 @@ def find_nearest(images, reference, block=250):
     return ((squares + x.square().sum(1)).clamp_min(0) / x.shape[1]).sqrt()
 
 
-def score(images, labels, reference):
-    """Samples (N,28,28,C) uint8, their labels (N,) or None, real images -> dict of the numbers."""
+@torch.no_grad()
+def score(samples, reference):
+    """Samples [((N,28,28,C) uint8, labels (N,) or None)] and real images -> a dict of numbers for each."""
     net = Classifier().eval()
     net.load_state_dict(load_checkpoint(ROOT / "assets/mnist_features.pt"))
-    features = [find_features(net, part) for part in (images, reference)]
-    a, b = ((f.double().mean(0).numpy(), f.double().T.cov().numpy()) for f in features)
-    some = np.linspace(0, len(reference) - 1, min(len(images), len(reference))).astype(np.int64)
-    precision, recall = precision_recall(features[0].numpy(), features[1][some].numpy())
-    numbers = {"n": len(images), "frechet": frechet(*a, *b), "std": float(to_device(images, "cpu").std(0).mean()),
-               "precision": precision, "recall": recall, "nearest": float(find_nearest(images, reference).median())}
-    if labels is not None:
-        with torch.no_grad():
-            hits = net.o(features[0]).argmax(1) == torch.from_numpy(labels.astype(np.int64))
-        numbers["accuracy"] = float(hits.float().mean())
-    return numbers
+
+    def moments(f):
+        return f.double().mean(0).numpy(), f.double().T.cov().numpy()
+    real, found = find_features(net, reference), []
+    for images, labels in samples:
+        features = find_features(net, images)
+        some = np.linspace(0, len(reference) - 1, min(len(images), len(reference))).astype(np.int64)
+        precision, recall = precision_recall(features.numpy(), real[some].numpy())
+        found.append({"n": len(images), "frechet": frechet(*moments(features), *moments(real)),
+                      "std": float(to_device(images, "cpu").std(0).mean()), "precision": precision, "recall": recall,
+                      "nearest": float(find_nearest(images, reference).median())})
+        if labels is not None:
+            hits = net.o(features).argmax(1) == torch.from_numpy(labels.astype(np.int64))
+            found[-1]["accuracy"] = float(hits.float().mean())
+    return found
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("samples", metavar="SAMPLES.npz", help="arr_0 or images: (N,28,28) or (N,28,28,C) uint8")
+    parser.add_argument("samples", metavar="SAMPLES.npz", nargs="+", help="arr_0 or images: (N,28,28) or (N,28,28,C) uint8")
     parser.add_argument("--data", default="mnist", help="the training images: mnist, or an .npz of them")
     parser.add_argument("--data_dir", default="data", help="where downloads are kept")
-    parser.add_argument("--json", default=None, help="FILE for the numbers at full precision")
+    parser.add_argument("--json", default=None, help="FILE for a list of the numbers at full precision")
     args = parser.parse_args()
-    images, labels = read_npz(args.samples, "SAMPLES")
-    if images.shape[1:3] != (28, 28):
-        raise UserError(f"SAMPLES {args.samples}: images of {images.shape[1:3]}, expected 28x28")
-    numbers = score(images, labels, load_images(args.data, args.data_dir).images)
-    print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    samples = [read_npz(path, "SAMPLES") for path in args.samples]
+    for path, (images, _) in zip(args.samples, samples):
+        if images.shape[1:3] != (28, 28):
+            raise UserError(f"SAMPLES {path}: images of {images.shape[1:3]}, expected 28x28")
+    found = score(samples, load_images(args.data, args.data_dir).images)
+    for path, numbers in zip(args.samples, found):
+        print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) + f"  {path}" * (len(found) > 1))
     if args.json:
-        save_file(args.json, lambda f: f.write((json.dumps(numbers) + "\n").encode()))
+        save_file(args.json, lambda f: f.write((json.dumps(found) + "\n").encode()))
 
 
 if __name__ == "__main__":

@@ -163,8 +163,8 @@ def test_score_without_inception_shows_copies_and_lost_modes():
     grid = np.mgrid[:28, :28]
     blobs = np.stack([255 * np.exp(-((grid - p[:, None, None]) ** 2).sum(0) / 20) for p in places]).astype(np.uint8)
     blobs, (one, other) = blobs[..., None], np.split(np.arange(400), 2)
-    good, copied = (score(blobs[rows], None, blobs[one]) for rows in (other, one))
-    lost = score(blobs[other][places[other][:, 0] < 12], None, blobs[one])
+    good, copied, lost = score([(blobs[rows], None) for rows in
+                                (other, one, other[places[other][:, 0] < 12])], blobs[one])
     assert copied["nearest"] < 1e-3 < 0.01 < good["nearest"] and good["recall"] > 0.8 > 0.6 > lost["recall"]
     assert copied["frechet"] < 1e-6 < good["frechet"] < lost["frechet"] and lost["precision"] > 0.7
 
