@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.data import draw_digits  # noqa: E402
 from common.files import save_file  # noqa: E402
-from common.images import draw_curves, save_picture  # noqa: E402
+from common.images import draw_curves, grid, save_picture, stack_rows  # noqa: E402
 from common.run import Parser, UserError, code_commit, command, number  # noqa: E402
 from distill import OBJECTIVES  # noqa: E402
 from flow_map import DATA_FREE, ROWS as MAPS  # noqa: E402
@@ -76,6 +76,7 @@ def flow_map(row="lagrange", flags="", seconds=360):
 ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
+SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange")  # these run for 15 minutes as well
 LINEAR = teacher("--interpolant linear")
 MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progressive": "--stage_iters 130"}
@@ -84,7 +85,7 @@ MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progress
 def make_rows():
     """name -> Row. Groups are those of docs/results.md."""
     rows = {"real images": Row("families", (), {"held out": None})}
-    for path in ("linear", "vp", "gvp", "ve"):
+    for path in SHEET:
         own = teacher(f"--interpolant {path}" + " --prediction data" * (path == "vp"))
         rows[f"{path} teacher"] = Row("families", (own,), {"50": ""})
         rows[f"{path} student"] = Row("families", (own, student(seconds=600)), {**ONE, "1 ": "--n 10000"})
@@ -116,6 +117,11 @@ def make_rows():
         for name, (stages, samples) in made.items():
             if seconds == 360 or name in BEST:
                 rows[f"{name}, {seconds} s"] = Row("objectives", (LINEAR, *stages), samples)
+
+    for path in SHEET:
+        own = teacher(f"--interpolant {path}" + " --prediction data" * (path == "vp"))
+        for name in OBJECTIVES if path != "ve" else [name for name in OBJECTIVES if name != "cross"]:
+            rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}")), ONE)
 
     for name, flags in {
             "original project": "--objective cross --k_psi 5 --lr 1e-5 --critic_lr 1e-5 --t_init 1",
@@ -234,7 +240,7 @@ class Runner:
         folders = []
         for stage in row.stages:
             folders.append(self.train(stage, seed, [f / WRITES[f.name.rsplit("_", 1)[0]] for f in folders]))
-        place, scores = self.out / re.sub(r"\W+", "_", f"{name}_{seed}"), {}
+        place, scores = self.out / place_of(name, seed), {}
         place.mkdir(exist_ok=True)
         files = []
         for label, flags in row.samples.items():
@@ -266,8 +272,12 @@ class Runner:
             (json.dumps(record, indent=1) + "\n").encode()))
 
 
+def place_of(name, seed):
+    return re.sub(r"\W+", "_", f"{name}_{seed}")
+
+
 def record_path(records, name, seed):
-    return records / (re.sub(r"\W+", "_", name) + f"_{seed}.json")
+    return records / f"{place_of(name, seed)}.json"
 
 
 def run(args, rows):
@@ -321,22 +331,35 @@ def write(records, page):
                   lambda m: f"<!-- results:{m[1]} -->\n{table(records, m[1])}\n<!-- end -->", page, flags=re.S)
 
 
-def pictures(records, folder):
-    """Score against seconds of training of what was run with several budgets -> the files written."""
+def draw_seconds(records):
+    """Score against seconds of training of what was run with several budgets, the ten best -> a picture or None."""
     curves = {}
     for r in records:
-        name = re.sub(r"( \d+ s)?(, then sid)?, \d+ s$", r"\2", r["row"])
+        name, _, budget = r["row"].rpartition(", ")
         seconds = sum(stage["cpu_seconds"] for stage in r["stages"][1:])
-        if re.search(r", \d+ s$", r["row"]):
-            for label, score in r["scores"].items():
-                curves.setdefault(f"{name} ({label})", {}).setdefault(seconds, []).append(score["frechet"])
+        for label, score in r["scores"].items() if budget.endswith(" s") else ():
+            curves.setdefault(f"{name} ({label})", {}).setdefault(seconds, []).append(score["frechet"])
     lines = {name: tuple(zip(*sorted((s, statistics.mean(v)) for s, v in points.items())))
              for name, points in curves.items() if len(points) > 1}
-    if not lines:
-        return []
     best = sorted(lines, key=lambda name: min(lines[name][1]))[:10]
-    picture = draw_curves({name: lines[name] for name in best}, "seconds of training, one core", "score")
-    return [save_picture(folder / "seconds.png", picture)]
+    return draw_curves({name: lines[name] for name in best}, "seconds of training, one core", "score") if best else None
+
+
+def draw_sheet(out):
+    """The contact sheet: ten samples of each family (rows) and objective (columns) at equal budget, where they were
+    made -> a picture or None."""
+    def cell(name):
+        path = out / place_of(name, 0) / "1.npz"
+        if not path.exists():
+            return None
+        with np.load(path) as npz:
+            return grid(npz["arr_0"][:10], 5, 1)
+    cells = [[cell(f"{path}, {name}") for name in OBJECTIVES] for path in SHEET]
+    made = [one for row in cells for one in row if one is not None]
+    if not made:
+        return None
+    cells = [np.stack([np.full_like(made[0], 255) if one is None else one for one in row]) for row in cells]
+    return stack_rows(cells, made[0].shape[1] * 5, SHEET, list(OBJECTIVES))
 
 
 def main():
@@ -351,7 +374,7 @@ def main():
                         "for trying things out")
     parser.add_argument("--list", action="store_true", help="print the rows and which seeds are done")
     parser.add_argument("--write", action="store_true", help="write the tables of docs/results.md and README.md")
-    parser.add_argument("--pictures", action="store_true", help="draw assets/seconds.png")
+    parser.add_argument("--pictures", action="store_true", help="draw assets/seconds.png and sheet.png")
     args = parser.parse_args()
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         raise UserError(f"--seeds {args.seeds}: give whole numbers such as 0,1,2")
@@ -368,8 +391,10 @@ def main():
         records = read_records(args.records)
         for page in (ROOT / "README.md", ROOT / "docs/results.md") if args.write else ():
             page.write_text(write(records, page.read_text()))
-        for path in pictures(records, ROOT / "assets") if args.pictures else ():
-            print(f"wrote {path}")
+        for name, picture in (("seconds.png", draw_seconds(records)), ("sheet.png", draw_sheet(
+                pathlib.Path(args.out)))) if args.pictures else ():
+            if picture is not None:
+                print(f"wrote {save_picture(ROOT / 'assets' / name, picture)}")
     elif not pathlib.Path(args.data).is_file():
         raise UserError(f"--data {args.data}: no such file")
     else:

@@ -8,7 +8,8 @@ import pytest
 
 import results
 from conftest import ROOT
-from results import WRITES, Runner, call, make_rows, pictures, read_records, record_path, table, write
+from results import (WRITES, Runner, call, draw_seconds, draw_sheet, make_rows, place_of, read_records, record_path, table,
+                     write)
 
 
 def test_every_row_is_made_of_flags_that_the_scripts_take(monkeypatch):
@@ -44,7 +45,16 @@ def test_tables_are_the_records(tmp_path):
     page = "a\n<!-- results:objectives -->\nold\n<!-- end -->\nb\n<!-- results:growth -->\n<!-- end -->\n"
     made = write(records, page)
     assert "old" not in made and "9.00" in made and "Not measured yet." in made and write(records, made) == made
-    assert [path.name for path in pictures(records, tmp_path)] == ["seconds.png"]
+    assert draw_seconds(records).shape == (500, 800, 3) and draw_seconds(records[:3]) is None
+
+
+def test_the_sheet_shows_what_was_made(tmp_path):
+    assert draw_sheet(tmp_path) is None
+    (tmp_path / place_of("vp, cross", 0)).mkdir()
+    np.savez(tmp_path / place_of("vp, cross", 0) / "1.npz", arr_0=np.zeros((10, 28, 28, 1), np.uint8))
+    picture = draw_sheet(tmp_path)
+    dark = np.argwhere((picture[18:, 60:] < 9).all(2))  # below and beside the captions
+    assert len(dark) == 10 * 28 * 28 and dark[:, 0].min() > picture.shape[0] / 5
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])

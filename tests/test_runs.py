@@ -327,8 +327,8 @@ def kill_and_go_on(folder, flags, job, kills):
 
 
 @unix
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(flags, tmp_path_factory, kills):
+@pytest.mark.slow
+def test_killed_at_random_moments(flags, tmp_path_factory, kills=12):
     with concurrent.futures.ThreadPoolExecutor() as both:
         for done in [both.submit(kill_and_go_on, tmp_path_factory.mktemp(job), flags, job, kills)
                      for job in ("train_teacher", "distill")]:
@@ -337,8 +337,7 @@ def test_killed_at_random_moments(flags, tmp_path_factory, kills):
 
 @unix
 @pytest.mark.parametrize("job, number, code, world", [
-    ("train_teacher", signal.SIGTERM, 0, 1), ("distill", signal.SIGINT, 130, 1),
-    ("train_teacher", signal.SIGINT, 130, 2), ("distill", signal.SIGTERM, 0, 2), ("flow_map", signal.SIGTERM, 0, 1)])
+    ("train_teacher", signal.SIGINT, 130, 2), ("distill", signal.SIGINT, 130, 1), ("flow_map", signal.SIGTERM, 0, 1)])
 def test_a_signal_finishes_the_iteration_and_saves(flags, tmp_path, job, number, code, world):
     """In all processes, whichever has heard it."""
     struck = functools.partial(strike, number, 3, world - 1)
@@ -381,9 +380,8 @@ def test_rates_may_change_on_the_way_and_nothing_else(runs, refused, flags, tmp_
     flags = (*flags[job], "--out", tmp_path, "--iters")
     runs(job, *flags, 2)
     before = (tmp_path / FILES[job]).read_bytes()
-    mixing = {"train_teacher": ["--interpolant gvp", "--label_dropout 0.5", "--ema 0.9", "--model SiT-XXS/2"],
-              "distill": ["--kappa 3.0", "--t_init 0.5", "--ema 0.9", "--cfg_scale 2.0"]}[job]
-    for flag in (*mixing, "--batch 8"):
+    mixing = {"train_teacher": ["--interpolant gvp", "--model SiT-XXS/2"], "distill": ["--kappa 3.0", "--ema 0.9"]}
+    for flag in (*mixing[job], "--batch 8"):
         line = refused(job, *flags, 4, *flag.split(), says=(FILES[job], "choose another --out", "--fresh"))
         assert flag in line.replace("[", ""), line
     refused(job, *flags, 4, "--batch", 8, "--seed", 1, says=("--batch 8", "other too: --seed 1"))
@@ -475,8 +473,8 @@ ORIGINAL = "--model SiT-XXS/4 --batch 8 --lr 1e-5 --cfg_scale 4.0 --k_psi 5 --k_
 
 @unix
 @pytest.mark.parametrize("job, more", [
-    *((job, "--accum 2 --lr 1e-5") for job in FILES), ("distill", ORIGINAL),
-    ("distill", "--flow_weight 1 --lr 1e-5"), ("flow_map", "--row shortcut --stage_iters 120 --lr 1e-5")])
+    *((job, "--accum 2 --lr 1e-5") for job in FILES), pytest.param("distill", ORIGINAL, marks=pytest.mark.slow),
+    pytest.param("distill", "--flow_weight 1 --lr 1e-5", marks=pytest.mark.slow)])
 def test_two_processes_walk_the_path_of_one(runs, flags, tmp_path, job, more):
     flags = (*flags[job], *more.split(), "--iters", 4, "--out")
     runs(job, *flags, tmp_path / "one")
@@ -487,7 +485,7 @@ def test_two_processes_walk_the_path_of_one(runs, flags, tmp_path, job, more):
 
 
 @pytest.mark.parametrize("job, more", [
-    ("train_teacher", ()), ("distill", ()), ("flow_map", ("--anchor", 1)), ("distill", (
+    ("train_teacher", ()), ("flow_map", ("--anchor", 1)), ("distill", (
     "--student_steps", 2, "--reuse_samples", "--objective", "gap", "--gan_weight", 0.1, "--real_alpha", 0.9))])
 def test_accumulation_walks_the_same_path(runs, images, flags, tmp_path, job, more):
     for accum in (1, 2):
@@ -498,8 +496,7 @@ def test_accumulation_walks_the_same_path(runs, images, flags, tmp_path, job, mo
 
 
 @unix
-@JOBS
-def test_sharded_moments_walk_the_same_path_and_load_anywhere(flags, tmp_path, job):
+def test_sharded_moments_walk_the_same_path_and_load_anywhere(flags, tmp_path, job="distill"):
     """Two iterations of two processes with --shard, two more of theirs or of one plain process: as four of theirs."""
     whole, parts, mixed = (tmp_path / out for out in ("whole", "parts", "mixed"))
     for out, iters in ((whole, 4), (parts, 2)):
@@ -550,7 +547,7 @@ def count_bytes():
 
 @unix
 @pytest.mark.parametrize("job, more, steps", [
-    ("train_teacher", "--accum 2", 1), ("distill", "", 4), ("distill", "--accum 2 --flow_weight 1 --reuse_samples", 4)])
+    ("train_teacher", "--accum 2", 1), ("distill", "--accum 2 --flow_weight 1 --reuse_samples", 4)])
 def test_each_gradient_travels_once_for_each_step(flags, tmp_path, job, more, steps):
     said = Life(tmp_path, job, *flags[job], *more.split(), "--iters", 3, "--out", tmp_path / "run", world=2,
                 change=count_bytes).end()
@@ -585,20 +582,11 @@ def lose(folder, flags, job, rank, number):
     check_same_end(job, folder / "whole", folder / "cut")
 
 
-LOST = pytest.mark.parametrize("job, rank", [("train_teacher", 0), ("distill", 1)])
-
-
 @unix
-@LOST
-def test_a_lost_process_ends_the_run_and_a_restart_goes_on(flags, tmp_path, job, rank):
-    lose(tmp_path, flags[job], job, rank, signal.SIGKILL)
-
-
-@unix
-@LOST
-@pytest.mark.slow
-def test_a_hanging_process_is_given_up(flags, tmp_path, job, rank):
-    lose(tmp_path, flags[job], job, rank, signal.SIGSTOP)
+@pytest.mark.parametrize("job, rank, number", [
+    ("train_teacher", 0, signal.SIGKILL), pytest.param("distill", 1, signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_process_that_dies_or_hangs_ends_the_run_and_a_restart_goes_on(flags, tmp_path, job, rank, number):
+    lose(tmp_path, flags[job], job, rank, number)
 
 
 def under_torchrun(folder, options, change, job, *flags):
@@ -687,8 +675,8 @@ def spoil(monkeypatch, where, iterations):
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args).as_subclass(Card))
 
 
-@JOBS
-@pytest.mark.parametrize("where", ["gradient", "card", "weight"])
+@pytest.mark.parametrize("job, where", [("train_teacher", "gradient"), ("train_teacher", "card"), ("distill", "card"),
+                                        ("distill", "weight")])
 def test_nan_is_never_saved(script, flags, tmp_path, monkeypatch, job, where):
     """A spoilt iteration is skipped, on a card too; a spoilt weight stops the run at the next save."""
     flags = (*flags[job], *CHEAP[job], "--save_every", 3, "--out", tmp_path)

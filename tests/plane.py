@@ -1,0 +1,191 @@
+"""The plane: a Gaussian mixture, every family a row of the picture, every objective of both kinds a column.
+
+    python tests/plane.py --out assets/plane.png
+
+The teacher is the mixture's exact data prediction; critic, student and flow map are small networks added to it. Each
+cell shows one-step samples, as a density, of a student trained alone for --iters iterations: of the losses in
+distill.py and flow_map.py, without anything else of a run.
+"""
+import concurrent.futures
+import copy
+import math
+import os
+import time
+
+import torch
+import torch.nn as nn
+
+from conftest import ROOT  # noqa: F401 (puts the project on the path)
+from common.data import Stream
+from common.images import save_picture, stack_rows
+from common.run import Parser, command, number
+from distill import OBJECTIVES, RATIO_RANGE, START_RATIO, renoise, student_loss
+from flow_map import ROWS, draw_trip, make_legs, map_loss
+from interpolants import (FAMILIES, Problem, Sampler, last_time, regression_loss, solve, start_at, time_grid,
+                          time_of_noise_ratio)
+from model import ema_update
+
+MEANS = torch.tensor([[1.0, 1.0], [-1.2, 0.8], [-0.8, -1.0], [1.1, -0.9]])
+STDS = torch.tensor([0.15, 0.3, 0.2, 0.4])
+
+
+def draw_mixture(n, g, means=MEANS, stds=STDS):
+    """-> (n,2,1,1)."""
+    k = torch.randint(len(means), (n,), generator=g)
+    return (means[k] + stds[k, None] * torch.randn(n, 2, generator=g))[..., None, None]
+
+
+def sizes(problem, t):
+    """alpha and s at t (B,), each (B,1): known() without derivatives, for networks that are differentiated in t."""
+    path, t = problem.path, t[:, None]
+    return path.alpha(t), path.gamma(t) if problem.sees_x1 else torch.hypot(path.beta(t), path.gamma(t))
+
+
+def without_x1(problem, x_t, t, x1):
+    """x_t [- beta x1] = alpha x0 + s eps, (B,2)."""
+    return x_t.flatten(1) - (problem.path.beta(t[:, None]) * x1.flatten(1) if problem.sees_x1 else 0)
+
+
+def exact(problem, means=MEANS, stds=STDS):
+    """E[x0 | x_t (, x1)] of the mixture, net(x_t (B,2,1,1), t, y, x1)."""
+    def net(x_t, t, y=None, x1=None):
+        alpha, s = sizes(problem, t)
+        variance = alpha ** 2 * stds ** 2 + s ** 2  # (B,K)
+        rest = without_x1(problem, x_t, t, x1)[:, None] - alpha[..., None] * means  # (B,K,2)
+        weights = (-0.5 * rest.square().sum(2) / variance - variance.log()).softmax(1)
+        inside = means + (alpha * stds ** 2 / variance)[..., None] * rest
+        return (weights[..., None] * inside).sum(1)[..., None, None]
+    return net
+
+
+class Added(nn.Module):
+    """The teacher and a small network of everything that it is given, at first 0."""
+
+    def __init__(self, problem, width=96):
+        super().__init__()
+        self.problem, self.teacher = problem, exact(problem)
+        self.net = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x_t, t, y=None, x1=None, r=None):
+        (alpha, s), end = sizes(self.problem, t), sizes(self.problem, torch.zeros_like(t) if r is None else r)
+        given = [without_x1(self.problem, x_t, t, x1) / torch.hypot(alpha, s), torch.atan2(s, alpha),
+                 torch.atan2(*end[::-1]), torch.zeros_like(x_t).flatten(1) if x1 is None else x1.flatten(1)]
+        return self.teacher(x_t, t, y, x1) + self.net(torch.cat(given, 1))[..., None, None]
+
+
+class Corners(Stream):
+    """Batches of the plane; a bridge's x1 are four far points."""
+
+    def draw(self, *key):
+        b = super().draw(*key)
+        return b._replace(x1=2 * b.x1.sign()) if self.reference else b
+
+
+def descend(optimizer, loss):
+    optimizer.zero_grad()
+    loss.mean().backward()
+    optimizer.step()
+
+
+def put_in_training(net, iters, lr, betas):
+    optimizer = torch.optim.Adam(net.parameters(), lr, betas=betas)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iters)
+
+
+def distill_point(problem, objective, stream, start, iters):
+    """A student trained by the gap from the time `start` -> its samples, a function of a batch."""
+    teacher, G, psi, average = exact(problem), Added(problem), Added(problem), Added(problem)
+    (own, slower), (other, _) = (put_in_training(net, iters, lr, (0.0, 0.99)) for net, lr in ((G, 5e-4), (psi, 5e-3)))
+    for step in range(iters):
+        b = start_at(problem, stream.draw(step, "start"), start)
+        x0 = problem.data(G, b)
+        for k in range(2):
+            fake = renoise(problem, b._replace(x0=x0.detach()), stream.draw(step, "critic", k))
+            descend(other, regression_loss(problem, psi, fake))
+        fake = renoise(problem, b._replace(x0=x0), stream.draw(step, "gap"))
+        descend(own, student_loss(problem, objective, teacher, psi, fake)[0])
+        slower.step()
+        ema_update(average, G, 0.98, step + 1)
+    return lambda b: problem.data(average, start_at(problem, b, start)).detach()
+
+
+def map_point(problem, row, stream, iters):
+    """A flow map trained along the row -> its one-step samples, a function of a batch."""
+    teacher, net = exact(problem), Added(problem)
+    average, before, g = copy.deepcopy(net), copy.deepcopy(net), torch.Generator().manual_seed(1)
+    own, slower = put_in_training(net, iters, 2e-3, (0.9, 0.99))
+    for step in range(iters):
+        stage = min(5 * step // iters, 4)  # progressive distillation: 16, 8, 4, 2, 1 steps
+        if step == -(-stage * iters // 5):
+            before.load_state_dict(average.state_dict())
+        legs = make_legs(problem, row, teacher, net, average, before if stage else None)
+        b = stream.draw(step, "map")._replace(x0=draw_mixture(stream.batch, g))
+        trip = draw_trip(problem, row, stream, b, step, 16 >> stage)
+        descend(own, map_loss(problem, row, legs, net, trip))
+        slower.step()
+        ema_update(average, net, 0.98, step + 1)
+    first = stream.times[1]
+
+    def sample(b):
+        b = start_at(problem, b, first)
+        return problem.data(average, b._replace(r=torch.zeros_like(b.t))).detach()
+    return sample
+
+
+def density(x, side=72, span=2.2):
+    """Points (N,2,1,1) -> (side,side,1) uint8, dark where there are many."""
+    seen = torch.histogramdd(x.flatten(1).nan_to_num(99.0).double(), [side, side], range=[-span, span] * 2)[0]
+    ink = 255 * (1 - (seen / (len(x) / 400)).clamp(0, 1).sqrt())
+    return ink.T.flip(0).to(torch.uint8)[..., None].numpy()
+
+
+def distance(x, y):
+    """Energy distance between a thousand points of both sets, 0 for the same law."""
+    a, b = x.flatten(1)[:1000], y.flatten(1)[:1000]
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+def make_row(name, args):
+    """A family's cells -> (name, densities)."""
+    torch.manual_seed(0)
+    problem = Problem(FAMILIES[name], "data", name == "bridge")
+    times = [min(time_of_noise_ratio(problem, ratio), 0.999) for ratio in RATIO_RANGE]
+    stream = Corners(0, args.batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, times, reference=problem.sees_x1)
+    shown, truth = stream._replace(batch=args.n).draw("shown"), draw_mixture(args.n, torch.Generator().manual_seed(2))
+    first = start_at(problem, shown, float(time_grid(problem, 50)[0]))
+    sampler = Sampler(50, "posterior" if problem.sees_x1 else "euler")
+    cells = {"data": truth, "teacher, 50": solve(problem, exact(problem), first, sampler,
+                                                 lambda i: torch.randn_like(truth))}
+    for column in (*OBJECTIVES, *ROWS):
+        if (name, column) == ("ve", "cross"):  # alpha' = 0: no gradient at all
+            cells[column] = torch.full_like(truth, math.nan)
+        elif column in OBJECTIVES:
+            start = time_of_noise_ratio(problem, START_RATIO)
+            cells[column] = distill_point(problem, OBJECTIVES[column], stream, start, args.iters)(shown)
+        else:
+            to_the_end = stream._replace(times=(times[0], last_time(problem)))
+            cells[column] = map_point(problem, ROWS[column], to_the_end, args.iters)(shown)
+    print(name, *(f"{column} {distance(x, truth):.3f}" for column, x in cells.items()), sep="  ", flush=True)
+    return [density(x) for x in cells.values()]
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--out", default="plane.png", help="the picture")
+    parser.add_argument("--iters", type=number(int, 1), default=250, help="iterations of each cell")
+    parser.add_argument("--batch", type=number(int, 1), default=256, help="points of each")
+    parser.add_argument("--n", type=number(int, 2), default=4000, help="points of a cell")
+    args, began = parser.parse_args(), time.time()
+    print("energy distances to the data; 0 for the same law")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
+        rows = list(workers.map(make_row, FAMILIES, [args] * len(FAMILIES)))
+    names = ["data", "teacher, 50", *OBJECTIVES, *ROWS]
+    save_picture(args.out, stack_rows(rows, 76 * len(names), list(FAMILIES), names))
+    print(f"wrote {args.out} in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    command(main)
