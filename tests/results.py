@@ -6,10 +6,10 @@
     python tests/results.py --pictures
 
 WORDS choose rows whose name or group contains one. A job is one row and one seed, on one thread: its stages, each a
-command as it would be typed, of which those with a budget are stopped by SIGTERM after so many seconds of their own CPU
-time, not counting what passes before they begin to train; then samples and scores. A stage that several rows share runs
-once. What is done stands in OUT (checkpoints, pictures) and, a record for each row and seed, in docs/results/; a job
-that was cut off begins its stage again.
+command as it would be typed, teachers of so many iterations, students and flow maps stopped by SIGTERM after so many
+seconds of their own CPU time, not counting what passes before they begin to train; then samples and scores. A stage
+that several rows share runs once. What is done stands in OUT (checkpoints, pictures) and, a record for each row and
+seed, in docs/results/; a job that was cut off begins its stage again.
 """
 import concurrent.futures
 import hashlib
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -44,11 +44,12 @@ WRITES = {"train_teacher": "teacher.pt", "distill": "student.pt", "flow_map": "f
 
 
 class Stage(NamedTuple):
-    """A trainer's flags and its budget in seconds of CPU time. {0}, {1}: what the row's stages before it wrote; {data}:
-    MNIST."""
+    """A trainer's flags and its budget, in seconds of CPU time or in iterations. {0}, {1}: what the row's stages before
+    it wrote; {data}: MNIST."""
     script: str
     flags: str
-    seconds: float
+    seconds: Optional[float] = None
+    iters: int = 10 ** 6
 
 
 class Row(NamedTuple):
@@ -60,12 +61,12 @@ class Row(NamedTuple):
     n: int = 2000
 
 
-def teacher(flags="", seconds=900):
-    return Stage("train_teacher", f"--data {{data}} {flags}".strip(), seconds)
+def teacher(flags="", iters=3000):
+    return Stage("train_teacher", f"--data {{data}} {flags}".strip(), None, iters)
 
 
-def student(flags="", seconds=360, start=0):
-    return Stage("distill", f"--teacher_ckpt {{{start}}} {flags}".strip(), seconds)
+def student(flags="", seconds=360, iters=None):
+    return Stage("distill", f"--teacher_ckpt {{0}} {flags}".strip(), *(None, iters) if iters else (seconds,))
 
 
 def flow_map(row="lagrange", flags="", seconds=360):
@@ -150,9 +151,10 @@ def make_rows():
 
     for size in ("XXS/4", "XS/4", "XS/2"):
         for times in (1, 3):
-            own = teacher(f"--interpolant linear --model SiT-{size}", 300 * times)
-            rows[f"SiT-{size}, {300 * times} s teacher"] = Row("growth", (own,), {"50": ""})
-            rows[f"SiT-{size}, {300 * times} s student"] = Row("growth", (own, student(seconds=200 * times)), ONE)
+            own = teacher(f"--interpolant linear --model SiT-{size}", 1000 * times)
+            rows[f"SiT-{size}, {1000 * times} iterations, teacher"] = Row("growth", (own,), {"50": ""})
+            rows[f"SiT-{size}, {1000 * times} iterations, student"] = Row("growth", (own, student(iters=100 * times)),
+                                                                          ONE)
     for scale in (1.5, 2, 3):
         rows[f"guidance {scale} teacher"] = Row("guidance", (LINEAR,), {"50": f"--cfg_scale {scale}"})
         rows[f"guidance {scale} student"] = Row("guidance", (LINEAR, student(f"--cfg_scale {scale}")), ONE)
@@ -172,23 +174,24 @@ def cpu_seconds(pid):
 
 
 def call(words, log, budget=None, began=None):
-    """Run a command on one thread, its output at the end of log. With a budget: SIGTERM once it has used so many
-    seconds of CPU time since the file `began` was there. Raises RuntimeError where it fails."""
+    """Run a command on one thread, its output at the end of log -> the CPU time it has used, in seconds, since the file
+    `began` was there. With a budget: SIGTERM once that is so much. Raises RuntimeError where it fails."""
     with open(log, "a") as out:
         print("$", *words, file=out, flush=True)
         process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
-        first = None
+        first, used = None, 0
         while process.poll() is None:
             time.sleep(0.1)
-            used = cpu_seconds(process.pid)
+            used = cpu_seconds(process.pid) or used  # none of a process that has just ended
             if first is None and began and began.exists():
                 first = used
-            if budget and first is not None and used is not None and used - first > budget:
+            if budget and first is not None and used - first > budget:
                 process.send_signal(signal.SIGTERM)
                 budget = None
     if process.returncode:
         raise RuntimeError(f"{' '.join(words)}: exit code {process.returncode}, see {log}")
+    return used - (first or 0)
 
 
 class Runner:
@@ -221,16 +224,18 @@ class Runner:
                 folder.mkdir(exist_ok=True)
                 job = stage.script.replace("train_", "")
                 (folder / f"{job}.json").unlink(missing_ok=True)
-                never = str(10 ** 6)
-                words = [f"{stage.script}.py", *flags.split(), "--seed", str(seed), "--iters", never, "--sample_every",
-                         never, "--save_every", never, "--fresh", "--device", "cpu", "--out", str(folder)]
+                never, budget = str(10 ** 6), stage.seconds and stage.seconds * self.args.scale
+                iters = stage.iters if stage.seconds else max(1, round(stage.iters * self.args.scale))
+                words = [f"{stage.script}.py", *flags.split(), "--seed", str(seed), "--iters", str(iters),
+                         "--sample_every", never, "--save_every", never, "--fresh", "--device", "cpu", "--out",
+                         str(folder)]
                 began = time.time()
-                call(words, folder / "out.txt", stage.seconds * self.args.scale, folder / f"{job}.json")
+                used = call(words, folder / "out.txt", budget, folder / f"{job}.json")
                 done = re.findall(r"stopped after iteration (\d+)", (folder / "out.txt").read_text())
                 log = folder / "log.jsonl"
                 lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-                cost = {"script": stage.script, "flags": stage.flags, "cpu_seconds": stage.seconds * self.args.scale,
-                        "wall_seconds": time.time() - began, "iterations": int(done[-1]) if done else None,
+                cost = {"script": stage.script, "flags": stage.flags, "cpu_seconds": used,
+                        "wall_seconds": time.time() - began, "iterations": int(done[-1]) if done else iters,
                         **{k: lines[-1][k] for k in ("images_per_second", "memory_mib") if lines}}
                 save_file(folder / "done.json", lambda f: f.write(json.dumps(cost).encode()))
         return folder
@@ -336,7 +341,7 @@ def draw_seconds(records):
     curves = {}
     for r in records:
         name, _, budget = r["row"].rpartition(", ")
-        seconds = sum(stage["cpu_seconds"] for stage in r["stages"][1:])
+        seconds = round(sum(stage["cpu_seconds"] for stage in r["stages"][1:]), -1)
         for label, score in r["scores"].items() if budget.endswith(" s") else ():
             curves.setdefault(f"{name} ({label})", {}).setdefault(seconds, []).append(score["frechet"])
     lines = {name: tuple(zip(*sorted((s, statistics.mean(v)) for s, v in points.items())))
