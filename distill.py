@@ -466,7 +466,8 @@ def main():
 
     def facts():
         with precision(device):
-            known["spread_teacher"] = known.get("spread_teacher") or watched.spread(v_star)
+            if args.sample_every and "spread_teacher" not in known:
+                known["spread_teacher"] = watched.spread(v_star)
             known["spread"] = float(watched.samples(G.net).std(0).mean())  # over the samples: falls on collapse
         return {**known, **{f"{key}_first": value for key, value in run.first_line().items() if key == "D2"}}
 

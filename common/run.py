@@ -104,7 +104,8 @@ def add_run_flags(parser, **defaults):
     add("--out", default="out", help="folder of the run")
     add("--fresh", action="store_true", help="start over although --out holds a run")
     add("--log_every", type=number(int, 1), help="iterations between lines")
-    add("--sample_every", type=number(int, 1), help="iterations between pictures")
+    add("--sample_every", type=number(int, 0), help="iterations between pictures; 0: none, nor other samples of the "
+        "teacher")
     add("--save_every", type=number(int, 1), default=1000, help="iterations between checkpoints")
     add("--wandb", default=None, metavar="PROJECT", help="send the log and the pictures there as well (pip install "
         "wandb)")
@@ -628,13 +629,13 @@ class Run:
         if args.compile and step == self.first + 1:
             self.say(f"compiled, and ran once, in {minutes(time.time() - self.began)}")
             self.first, self.last_step, self.began, self.last_time = step, step, time.time(), time.time()
-        if step == self.first + 3 and not last:
+        if step == self.first + 3 and not last and args.sample_every:
             due = min(args.iters, step + args.sample_every - step % args.sample_every)
             self.say(f"the first picture comes at iteration {due}, in about "
                      f"{minutes((time.time() - self.began) / 3 * (due - step))}")
         if step % args.log_every == 0 or last:
             self.line(step, **facts())
-        if step % args.sample_every == 0 or last:
+        if args.sample_every and (step % args.sample_every == 0 or last):
             keep(lambda: self.draw(picture, step), 0, False)
             wait_for_all()  # as long as it takes, whatever --timeout says
         if step % args.save_every == 0 or last:

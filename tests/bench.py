@@ -177,7 +177,7 @@ def count_units(objective, k_psi, *flags):
 
 def iteration(args):
     """The share of sgemm is of this machine's rate for large matrices in the same round."""
-    heading(args, f" of {args.iterations} iterations")
+    heading(args, f" of {args.iterations} iterations" + ", compiled" * args.compile)
     a, b = torch.randn(2, 1024, 1024)
     for objective, k_psi, *flags in (("cross", 5, "--reuse_samples"), ("cross", 5), ("cross", 1), ("sid", 1)):
         pairs, rates, units = [], [], count_units(objective, k_psi, *flags)
@@ -185,7 +185,8 @@ def iteration(args):
             teacher, net, _ = random_teacher(folder, args.model, args.side, args.channels)
             for _ in range(args.rounds):
                 rates.append(2 * 1024 ** 3 / median(row[0] for row in timed(lambda: a @ b, rounds=9)))
-                mine, _ = ours(teacher, args, "--objective", objective, "--k_psi", k_psi, *flags)
+                mine, _ = ours(teacher, args, "--objective", objective, "--k_psi", k_psi, *flags,
+                               *["--compile"] * args.compile)
                 other = timed(naive(net, args.batch, objective, k_psi), rounds=args.iterations, warm_up=args.iterations)
                 pairs.append((mine, median(seconds for seconds, in other)))
         mine, other = (1000 * median(column) for column in zip(*pairs))
@@ -566,6 +567,7 @@ def main():
     parser.add_argument("what", choices=COMMANDS)
     for name, default in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--compile", action="store_true", help="of `iteration`: distill.py runs compiled")
     args = parser.parse_args()
     COMMANDS[args.what](args)
 

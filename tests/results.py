@@ -124,6 +124,15 @@ def make_rows():
         for name in OBJECTIVES if path != "ve" else [name for name in OBJECTIVES if name != "cross"]:
             rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}")), ONE)
 
+    vp = teacher("--interpolant vp --prediction data")  # why its student stands so far behind: length, or a setting?
+    for seconds in (120, 360, 900, 1500):
+        rows[f"vp, {seconds} s"] = Row("vp", (vp, student(seconds=seconds)), ONE)
+    for flags in ("t_init 0.259", "t_init 0.567", "t_init 0.676", "weight uniform", "units velocity", "t_min 0.05",
+                  "t_max 0.67", "ema 0.9", "k_psi 2", "critic_lr 6e-3", "kappa 0"):  # 0.259 to 0.676: s/alpha 1, 5, 10
+        rows[f"vp, --{flags}"] = Row("vp", (vp, student(f"--{flags}")), ONE)
+    for name in ("lagrange", "shortcut"):
+        rows[f"vp map {name}"] = Row("vp", (vp, flow_map(name)), STEPS)
+
     for name, flags in {
             "original project": "--objective cross --k_psi 5 --lr 1e-5 --critic_lr 1e-5 --t_init 1",
             "RealUID": "--objective gap --data {data} --real_alpha 0.94 --real_beta 0.96 --k_psi 5 --lr 3e-5",

@@ -314,9 +314,11 @@ def teachers(images, small_teacher, tmp_path_factory, run_script):
     "bridge --row lagrange --tangent jvp --borders 0.9", *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
         "linear --row euler --tangent jvp --tangent_warmup 4", "linear --row meanflow", "vp --row shortcut",
         "linear --row lagrange --tangent jvp --compile", "bridge --row meanflow"))])
-def test_runs_and_takes_steps(script, images, teachers, tmp_path, flags):
+def test_runs_and_takes_steps(script, images, teachers, tmp_path, monkeypatch, flags):
     """Without a number that is not finite; the data-free rows open no data set."""
     kind, *flags = flags.split()
+    real = torch.nn.Module.compile  # without the compiler, which takes a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: real(net, backend="aot_eager"))
     data = () if flags[1] in ("freeflow", "direct") and kind != "bridge" else ("--data", images)
     code, said, err = script("flow_map", "--teacher_ckpt", teachers[kind], *data, "--batch", 4, "--iters", 2,
                              "--log_every", 1, "--device", "cpu", "--out", tmp_path, *flags)

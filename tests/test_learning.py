@@ -21,7 +21,7 @@ HALVES = np.where(np.arange(4) < 2, 1.0, -1.0)[:, None].repeat(4, 1)
 PATTERNS = np.stack([HALVES, HALVES.T])
 N = 500
 LABELS = np.arange(N) % 2
-TINY = "--model", "SiT-T/4", "--device", "cpu"
+TINY = "--model", "SiT-T/4", "--sample_every", 0, "--device", "cpu"
 model.SIZES["T"] = (32, 2, 2)  # learns this in seconds
 
 
@@ -284,13 +284,13 @@ def off(images, truth):
 
 @pytest.mark.parametrize("row", [
     "lagrange", "progressive --grid 8 --stage_iters 15", *(pytest.param(row, marks=pytest.mark.slow) for row in (
-        "shortcut", "freeflow", "euler", "ctm", "direct", "lagrange --anchor 0.3"))])
+        "shortcut", "euler", "lagrange --anchor 0.3"))])
 def test_a_flow_map_ends_where_its_teachers_ode_does(script, mixture, tmp_path, row):
     """From the same noise, far closer than the teacher's own guess in as many steps."""
     teacher = mixture / "linear/teacher.pt"
     path, truth = mapped(script, mixture, tmp_path, "--row", *row.split()), sampled(teacher, Sampler(50))
     assert off(sampled(path), truth) < 0.65 * off(sampled(teacher, Sampler(1)), truth)
-    if row.split()[0] in ("lagrange", "euler", "ctm"):
+    if row.split()[0] in ("lagrange", "euler"):
         assert off(sampled(path, Sampler(4)), truth) < 0.9 * off(sampled(teacher, Sampler(4)), truth)
 
 

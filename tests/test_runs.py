@@ -160,10 +160,10 @@ def check_same_end(job, a, b):
 @pytest.fixture
 def flags(images, small_teacher):
     """job -> flags of a tiny run."""
-    return {"train_teacher": ("--data", images, *SMALL, "--sample_every", 1000),
-            "flow_map": ("--teacher_ckpt", small_teacher, *SMALL[2:], "--sample_every", 1000, "--data", images, "--row",
+    return {"train_teacher": ("--data", images, *SMALL, "--sample_every", 0),
+            "flow_map": ("--teacher_ckpt", small_teacher, *SMALL[2:], "--sample_every", 0, "--data", images, "--row",
                          "progressive", "--stage_iters", 2),
-            "distill": ("--teacher_ckpt", small_teacher, *SMALL[2:], "--sample_every", 1000, "--k_psi", 2, "--k_G", 2,
+            "distill": ("--teacher_ckpt", small_teacher, *SMALL[2:], "--sample_every", 0, "--k_psi", 2, "--k_G", 2,
                         "--ema", 0.9, 0.99)}
 
 
@@ -304,13 +304,14 @@ def test_four_iterations_are_two_and_two(runs, flags, tmp_path, job):
         said = runs(job, *flags[job], "--iters", iters, "--out", tmp_path / out)
         assert re.findall(r"going on from iteration (\d) of", said) == since
     check_same_end(job, tmp_path / "whole", tmp_path / "parts")
+    assert not [*tmp_path.rglob("*.png")]  # --sample_every 0
 
 
 def kill_and_go_on(folder, flags, job, kills):
     """SIGKILL again and again: each life goes on from the last complete checkpoint, and the end is that of an
     undisturbed run, bit for bit."""
     rng, file, done, iters = np.random.default_rng(kills), folder / "cut" / FILES[job], 0, 12 + 7 * kills
-    flags = (*flags[job], *CHEAP[job], "--iters", iters, "--save_every", 2, "--sample_every", 20, "--out")
+    flags = (*flags[job], *CHEAP[job], "--iters", iters, "--save_every", 2, "--out")
     Life(folder, job, *flags, folder / "whole").end()
     for i in range(kills):
         life, more = Life(folder, job, *flags, folder / "cut"), int(rng.integers(6)) if i else 4
@@ -328,7 +329,7 @@ def kill_and_go_on(folder, flags, job, kills):
 
 @unix
 @pytest.mark.slow
-def test_killed_at_random_moments(flags, tmp_path_factory, kills=12):
+def test_killed_at_random_moments(flags, tmp_path_factory, kills=6):
     with concurrent.futures.ThreadPoolExecutor() as both:
         for done in [both.submit(kill_and_go_on, tmp_path_factory.mktemp(job), flags, job, kills)
                      for job in ("train_teacher", "distill")]:
@@ -988,7 +989,7 @@ def test_planned_memory_is_what_distillation_takes(tmp_path, how, objective):
 @unix
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, says", [
-    ("plan --model SiT-S/2", ["M parameters", "distillation .sid", "disk GiB"]),
+    ("plan --model SiT-XXS/2", ["M parameters", "distillation .sid", "disk GiB"]),
     ("sampling --model SiT-XXS/4", ["250 steps"]),
     ("maps --model SiT-XXS/4", ["sid: 9.6 units", "lagrange: 5.. units", "meanflow", "euler, jvp", "as sid"]),
     ("scale --models SiT-XXS/2", ["teacher step, eager", "distillation, gap", "of the matrix rate", "one-step"]),
