@@ -77,6 +77,7 @@ def flow_map(row="lagrange", flags="", seconds=360):
 ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
+SUMMARY = ("linear teacher", "sid, 360 s", "sid, 4 steps, 360 s", "map lagrange, 360 s", "map for 1/3, then sid, 360 s")
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange")  # these run for 15 minutes as well
 LINEAR = teacher("--interpolant linear")
@@ -320,12 +321,16 @@ def read_records(folder):
 
 
 def table(records, group):
-    """Markdown: a line for each row and way of sampling, mean and spread (standard deviation) over its seeds."""
+    """Markdown: a line for each row and way of sampling, mean and spread (standard deviation) over its seeds. The group
+    summary is of the rows of SUMMARY."""
+    records = [r for r in records if group == r["group"] or group == "summary" and r["row"] in SUMMARY]
     columns = {"score": ("frechet", 2), "accuracy": ("accuracy", 3), "std": ("std", 3), "precision": ("precision", 3),
                "recall": ("recall", 3), "nearest": ("nearest", 3), "PSNR": ("psnr", 2)}
+    columns = {name: how for name, how in columns.items()
+               if any(how[0] in score for r in records for score in r["scores"].values())}
     lines = [f"| row | sampled | seeds | n | {' | '.join(columns)} | iterations |", "|" + "---|" * (len(columns) + 5)]
     for name in make_rows():
-        mine = [r for r in records if (r["row"], r["group"]) == (name, group)]
+        mine = [r for r in records if r["row"] == name]
         for label in mine[0]["scores"] if mine else ():
             scores = [r["scores"][label] for r in mine]
 
