@@ -2,12 +2,15 @@
 
 The student is a mixture as well, x0 = mean_k + std_k eps with learnt means and stds, so that its critic's optimum is
 exact: the posterior mean of its own law. A slow test learns the critic instead."""
+import argparse
+
 import pytest
 import torch
 
 from distill import OBJECTIVES, student_loss
+from flow_map import ROWS as ROWS_OF_MAPS
 from interpolants import FAMILIES, Batch, Problem, regression_loss, time_of_noise_ratio
-from plane import MEANS, STDS, exact
+from plane import MEANS, STDS, exact, make_row
 
 BATCH = 256
 
@@ -97,3 +100,12 @@ def test_with_a_learnt_critic(row, objective):
     problem, draw = setting(row, 0.2)
     recover(problem, objective, draw, lambda _, teacher: Critic(teacher), 250, 0.25, critic_steps=2)  # so small a
     # network blurs the sharp modes
+
+
+@pytest.mark.parametrize("family", ["ve", pytest.param("bridge", marks=pytest.mark.slow)])
+def test_the_planes_cells(family):
+    """As many as objectives of both kinds, with points in all, but for the one without a gradient."""
+    cells = make_row(family, argparse.Namespace(iters=2, batch=8, n=40))
+    empty = [i for i, cell in enumerate(cells) if (cell == 255).all()]
+    assert len(cells) == 2 + len(OBJECTIVES) + len(ROWS_OF_MAPS) and cells[0].shape == (72, 72, 1)
+    assert empty == [2 + list(OBJECTIVES).index("cross")] * (family == "ve")
