@@ -2,9 +2,9 @@
 
     python tests/plane.py --out assets/plane.png
 
-The teacher is the mixture's exact data prediction; critic, student and flow map are small networks added to it. Each
-cell shows one-step samples, as a density, of a student trained alone for --iters iterations: of the losses in
-distill.py and flow_map.py, without anything else of a run.
+The teacher is the mixture's exact data prediction, student and flow map are small networks added to it, and the critic
+is the exact prediction of a batch of the student's samples. Each cell shows one-step samples, as a density, of a student
+trained alone for --iters iterations: by the losses of distill.py and flow_map.py, without anything else of a run.
 """
 import concurrent.futures
 import copy
@@ -21,8 +21,7 @@ from common.images import save_picture, stack_rows
 from common.run import Parser, command, number
 from distill import OBJECTIVES, RATIO_RANGE, START_RATIO, renoise, student_loss
 from flow_map import ROWS, draw_trip, make_legs, map_loss
-from interpolants import (FAMILIES, Problem, Sampler, last_time, regression_loss, solve, start_at, time_grid,
-                          time_of_noise_ratio)
+from interpolants import FAMILIES, Problem, Sampler, last_time, solve, start_at, time_grid, time_of_noise_ratio
 from model import ema_update
 
 MEANS = torch.tensor([[1.0, 1.0], [-1.2, 0.8], [-0.8, -1.0], [1.1, -0.9]])
@@ -96,17 +95,17 @@ def put_in_training(net, iters, lr, betas):
 
 
 def distill_point(problem, objective, stream, start, iters):
-    """A student trained by the gap from the time `start` -> its samples, a function of a batch."""
-    teacher, G, psi, average = exact(problem), Added(problem), Added(problem), Added(problem)
-    (own, slower), (other, _) = (put_in_training(net, iters, lr, (0.0, 0.99)) for net, lr in ((G, 5e-4), (psi, 5e-3)))
+    """A student trained by the gap from the time `start` -> its samples, a function of a batch. The critic is the exact
+    prediction of fresh samples of the student, each a narrow Gaussian."""
+    teacher, G, average = exact(problem), Added(problem), Added(problem)
+    own, slower = put_in_training(G, iters, 5e-3, (0.0, 0.99))
     for step in range(iters):
-        b = start_at(problem, stream.draw(step, "start"), start)
-        x0 = problem.data(G, b)
-        for k in range(2):
-            fake = renoise(problem, b._replace(x0=x0.detach()), stream.draw(step, "critic", k))
-            descend(other, regression_loss(problem, psi, fake))
-        fake = renoise(problem, b._replace(x0=x0), stream.draw(step, "gap"))
-        descend(own, student_loss(problem, objective, teacher, psi, fake)[0])
+        b, others = (start_at(problem, stream.draw(step, "start", i), start) for i in range(2))
+        with torch.no_grad():
+            centres = problem.data(G, others).flatten(1)
+        critic = exact(problem, centres, torch.full((len(centres),), 0.1))
+        fake = renoise(problem, b._replace(x0=problem.data(G, b)), stream.draw(step, "gap"))
+        descend(own, student_loss(problem, objective, teacher, critic, fake)[0])
         slower.step()
         ema_update(average, G, 0.98, step + 1)
     return lambda b: problem.data(average, start_at(problem, b, start)).detach()
@@ -116,7 +115,7 @@ def map_point(problem, row, stream, iters):
     """A flow map trained along the row -> its one-step samples, a function of a batch."""
     teacher, net = exact(problem), Added(problem)
     average, before, g = copy.deepcopy(net), copy.deepcopy(net), torch.Generator().manual_seed(1)
-    own, slower = put_in_training(net, iters, 2e-3, (0.9, 0.99))
+    own, slower = put_in_training(net, iters, 5e-3, (0.9, 0.99))
     for step in range(iters):
         stage = min(5 * step // iters, 4)  # progressive distillation: 16, 8, 4, 2, 1 steps
         if step == -(-stage * iters // 5):
@@ -175,7 +174,7 @@ def make_row(name, args):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", default="plane.png", help="the picture")
-    parser.add_argument("--iters", type=number(int, 1), default=250, help="iterations of each cell")
+    parser.add_argument("--iters", type=number(int, 1), default=300, help="iterations of each cell")
     parser.add_argument("--batch", type=number(int, 1), default=256, help="points of each")
     parser.add_argument("--n", type=number(int, 2), default=4000, help="points of a cell")
     args, began = parser.parse_args(), time.time()

@@ -8,7 +8,8 @@ import torch
 from common.data import Stream
 from common.files import load_checkpoint
 from common.images import to_device, to_uint8
-from flow_map import ROWS, Legs, Trip, draw_trip, make_legs, map_loss, tangent_target, trajectory_target
+from flow_map import (ROWS, Legs, Trip, draw_trip, make_legs, map_loss, solve_leg, tangent_target,
+                      trajectory_target)
 from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, follow_map, leg_weight, loss_weight,
                           regression_loss, solve, start_at, student_input, time_of_noise_ratio)
 from model import ema_update, load_model
@@ -131,6 +132,16 @@ def test_the_flow_is_a_flow(path):
     at = b._replace(x_t=f, t=b.r)
     v = convert(problem, teacher(problem, at), "velocity", at)
     assert float(((ahead - behind) / (2 * h) - v).abs().max() / v.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_solvers_leg_of_no_length_is_the_teachers_prediction(path):
+    """Next to t = 1, in float32, where cos(pi/2 t) is the same number at neighbouring times."""
+    problem, b = setting(path, dtype=torch.float32)
+    b = start_at(problem, b, 0.999 if problem.sees_x1 else 1.0)
+    for r in (torch.nextafter(b.t, 0 * b.t), b.t - 1e-5, b.t - 2e-3):
+        found = solve_leg(problem, lambda x_t, *_: 0 * x_t + 0.3, b._replace(r=r), 2)
+        torch.testing.assert_close(found, torch.full_like(found, 0.3), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("path", PATHS)
