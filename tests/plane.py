@@ -3,8 +3,8 @@
     python tests/plane.py --out assets/plane.png
 
 The teacher is the mixture's exact data prediction, student and flow map are small networks added to it, and the critic
-is the exact prediction of a batch of the student's samples. Each cell shows one-step samples, as a density, of a student
-trained alone for --iters iterations: by the losses of distill.py and flow_map.py, without anything else of a run.
+is the exact prediction of a batch of the student's samples. Each cell shows one-step samples, as a density, of one that
+was trained for --iters iterations: by the losses of distill.py and flow_map.py, without anything else of a run.
 """
 import concurrent.futures
 import copy
