@@ -2,12 +2,12 @@
 
     python tests/score.py SAMPLES.npz [MORE.npz] --data mnist.npz
 
-Prints, for each file, a Fréchet distance in the 64 features of a small MNIST classifier (assets/mnist_features.pt) against the 60,000
-training images, precision and recall in the same features against as many training images as there are samples (recall
-falls where modes are lost), the distance of the median sample to the nearest training image, per pixel in units of
-[-1, 1] (copies are at 0), the mean per-pixel std over the samples (low means collapse) and, where the file holds
-labels, the share of samples that the classifier puts in their own class. Real held-out images as SAMPLES say what is
-best. Scores compare with each other alone, at equal numbers of samples.
+Prints, for each file, a Fréchet distance in the 64 features of a small MNIST classifier (assets/mnist_features.pt)
+against the 60,000 training images, precision and recall in the same features against as many training images as there
+are samples (recall falls where modes are lost), the distance of the median sample to the nearest training image, per
+pixel in units of [-1, 1] (copies are at 0), the mean per-pixel std over the samples (low means collapse) and, where the
+file holds labels, the share of samples that the classifier puts in their own class. Real held-out images as SAMPLES say
+what is best. Scores compare with each other alone, at equal numbers of samples.
 """
 import json
 import pathlib
@@ -75,7 +75,8 @@ def score(samples, reference):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("samples", metavar="SAMPLES.npz", nargs="+", help="arr_0 or images: (N,28,28) or (N,28,28,C) uint8")
+    parser.add_argument("samples", metavar="SAMPLES.npz", nargs="+", help="arr_0 or images: (N,28,28) or (N,28,28,C) "
+                        "uint8")
     parser.add_argument("--data", default="mnist", help="the training images: mnist, or an .npz of them")
     parser.add_argument("--data_dir", default="data", help="where downloads are kept")
     parser.add_argument("--json", default=None, help="FILE for a list of the numbers at full precision")

@@ -254,6 +254,7 @@ def test_files_and_folders_are_restored_and_written_again(run, trained, tmp_path
 
 
 @unix
+@pytest.mark.slow
 def test_four_iterations_equal_two_and_two_and_one_process_two(run, trained, tmp_path):
     """Bit for bit on resuming; to rounding over processes."""
     flags = ("--teacher_ckpt", trained("inpaint"), *SMALL[2:], "--k_psi", 1, "--student_steps", 2, "--real_alpha", 0.9,

@@ -192,7 +192,7 @@ def test_tangents_are_the_limit_of_finite_legs(name, path):
 
 def test_the_teachers_data_leave_the_map_where_it_is():
     """From data the target's mean is right at the exact map, within its error; without the stop-gradient it is not."""
-    n, (problem, _) = 4000, setting("linear")
+    n, (problem, _) = 2000, setting("linear")
     _, b = setting("linear", n, 0.0)
     row, h = ROWS["meanflow"], 1e-3
 
@@ -279,7 +279,7 @@ def learn(name, steps=150, batch=128, **knobs):
     return [float((X - exact).square().mean().sqrt()) for X in (problem.data(average, b).detach(), teacher(problem, b))]
 
 
-@pytest.mark.parametrize("name", [row if row in ("lagrange", "euler", "split", "freeflow") else pytest.param(
+@pytest.mark.parametrize("name", [row if row in ("lagrange", "euler") else pytest.param(
     row, marks=pytest.mark.slow) for row in sorted(ROWS)])
 def test_a_small_network_learns_the_map(name):
     knobs = dict(diagonal=0.0, times="triangle", power=0.0) if name == "meanflow" else {}
@@ -320,9 +320,10 @@ def teachers(images, small_teacher, tmp_path_factory, run_script):
 
 
 @pytest.mark.parametrize("flags", [
-    "linear --row direct --solver_steps 2", "vp --row freeflow", "vp --row meanflow", "bridge --row freeflow",
-    "linear --row consistency --tangent jvp --cfg_scale 2 --cfg_interval 0.2 0.8", "bridge --row split --diagonal 0.5",
-    "bridge --row lagrange --tangent jvp --borders 0.9", *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
+    "linear --row direct --solver_steps 2", "vp --row freeflow", "bridge --row split --diagonal 0.5",
+    "linear --row consistency --tangent jvp --cfg_scale 2 --cfg_interval 0.2 0.8",
+    *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
+        "bridge --row lagrange --tangent jvp --borders 0.9", "vp --row meanflow", "bridge --row freeflow",
         "linear --row euler --tangent jvp --tangent_warmup 4", "linear --row meanflow", "vp --row shortcut",
         "linear --row lagrange --tangent jvp --compile", "bridge --row meanflow"))])
 def test_runs_and_takes_steps(script, images, teachers, tmp_path, monkeypatch, flags):

@@ -229,6 +229,7 @@ def test_latents_are_drawn_from_the_posterior_of_image_or_mirror():
 
 
 @unix
+@pytest.mark.slow
 def test_two_processes_cache_the_same_files_and_a_killed_run_goes_on(script, folder, tmp_path, monkeypatch):
     def flags(cache):
         return (*TRAIN[1:], "--data", tmp_path / "images", "--vae", tmp_path / "vae.bin", "--image_size", 16, "--iters",

@@ -8,8 +8,8 @@ import pytest
 
 import results
 from conftest import ROOT
-from results import (WRITES, Runner, call, draw_seconds, draw_sheet, make_rows, place_of, read_records, record_path, table,
-                     write)
+from results import (WRITES, Runner, call, draw_seconds, draw_sheet, make_rows, place_of, read_records, record_path,
+                     table, write)
 
 
 def test_every_row_is_made_of_flags_that_the_scripts_take(monkeypatch):

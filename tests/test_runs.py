@@ -286,6 +286,7 @@ def test_a_log_line_is_never_there_twice(runs, flags, tmp_path):
     assert [line["step"] for line in log(tmp_path, "teacher")] == [1]
 
 
+@pytest.mark.slow
 def test_other_alphabets_in_the_c_locale_with_warnings_as_errors(small_teacher, tmp_path):
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     flags = ("--ckpt", small_teacher, "--n", 1, "--steps", 1, "--out", "zwei Wörter 文.npz", "--device", "cpu")
@@ -497,6 +498,7 @@ def test_accumulation_walks_the_same_path(runs, images, flags, tmp_path, job, mo
 
 
 @unix
+@pytest.mark.slow
 def test_sharded_moments_walk_the_same_path_and_load_anywhere(flags, tmp_path, job="distill"):
     """Two iterations of two processes with --shard, two more of theirs or of one plain process: as four of theirs."""
     whole, parts, mixed = (tmp_path / out for out in ("whole", "parts", "mixed"))
