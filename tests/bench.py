@@ -120,7 +120,7 @@ def random_teacher(folder, model, side, channels):
 def run_trainer(script, teacher, *flags):
     """distill.py or flow_map.py itself -> its log."""
     out = pathlib.Path(teacher).parent / "ours"
-    flags = ("--teacher_ckpt", teacher, "--out", out, "--fresh", "--sample_every", 10 ** 6, *flags)
+    flags = ("--teacher_ckpt", teacher, "--out", out, "--fresh", "--sample_every", 0, *flags)
     argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags)]
     shutil.rmtree(out, ignore_errors=True)
     try:

@@ -10,28 +10,32 @@ import concurrent.futures
 import copy
 import math
 import os
+import pathlib
+import sys
 import time
 
 import torch
 import torch.nn as nn
 
-from conftest import ROOT  # noqa: F401 (puts the project on the path)
-from common.data import Stream
-from common.images import save_picture, stack_rows
-from common.run import Parser, command, number
-from distill import OBJECTIVES, RATIO_RANGE, START_RATIO, renoise, student_loss
-from flow_map import ROWS, draw_trip, make_legs, map_loss
-from interpolants import FAMILIES, Problem, Sampler, last_time, solve, start_at, time_grid, time_of_noise_ratio
-from model import ema_update
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from common.data import Stream  # noqa: E402
+from common.images import save_picture, stack_rows  # noqa: E402
+from common.run import Parser, UserError, command, number  # noqa: E402
+from distill import OBJECTIVES, RATIO_RANGE, START_RATIO, check_objective, renoise, student_loss  # noqa: E402
+from flow_map import ROWS, draw_trip, make_legs, map_loss  # noqa: E402
+from interpolants import (FAMILIES, Problem, Sampler, last_time, solve, start_at, time_grid,  # noqa: E402
+                          time_of_noise_ratio)
+from model import ema_update  # noqa: E402
 
 MEANS = torch.tensor([[1.0, 1.0], [-1.2, 0.8], [-0.8, -1.0], [1.1, -0.9]])
 STDS = torch.tensor([0.15, 0.3, 0.2, 0.4])
 
 
-def draw_mixture(n, g, means=MEANS, stds=STDS):
+def draw_mixture(n, g):
     """-> (n,2,1,1)."""
-    k = torch.randint(len(means), (n,), generator=g)
-    return (means[k] + stds[k, None] * torch.randn(n, 2, generator=g))[..., None, None]
+    k = torch.randint(len(MEANS), (n,), generator=g)
+    return (MEANS[k] + STDS[k, None] * torch.randn(n, 2, generator=g))[..., None, None]
 
 
 def sizes(problem, t):
@@ -75,12 +79,10 @@ class Added(nn.Module):
         return self.teacher(x_t, t, y, x1) + self.net(torch.cat(given, 1))[..., None, None]
 
 
-class Corners(Stream):
-    """Batches of the plane; a bridge's x1 are four far points."""
-
-    def draw(self, *key):
-        b = super().draw(*key)
-        return b._replace(x1=2 * b.x1.sign()) if self.reference else b
+def draw(problem, stream, *key):
+    """stream's batch; a bridge's x1 are four far points."""
+    b = stream.draw(*key)
+    return b._replace(x1=2 * b.x1.sign()) if problem.sees_x1 else b
 
 
 def descend(optimizer, loss):
@@ -89,8 +91,9 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def put_in_training(net, iters, lr, betas):
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=betas)
+def make_optimizer(net, iters, betas):
+    """-> Adam, and what lets its rate fall to 0 over these iterations."""
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3, betas=betas)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iters)
 
 
@@ -98,13 +101,13 @@ def distill_point(problem, objective, stream, start, iters):
     """A student trained by the gap from the time `start` -> its samples, a function of a batch. The critic is the exact
     prediction of fresh samples of the student, each a narrow Gaussian."""
     teacher, G, average = exact(problem), Added(problem), Added(problem)
-    own, slower = put_in_training(G, iters, 5e-3, (0.0, 0.99))
+    own, slower = make_optimizer(G, iters, (0.0, 0.99))
     for step in range(iters):
-        b, others = (start_at(problem, stream.draw(step, "start", i), start) for i in range(2))
+        b, others = (start_at(problem, draw(problem, stream, step, "start", i), start) for i in range(2))
         with torch.no_grad():
             centres = problem.data(G, others).flatten(1)
         critic = exact(problem, centres, torch.full((len(centres),), 0.1))
-        fake = renoise(problem, b._replace(x0=problem.data(G, b)), stream.draw(step, "gap"))
+        fake = renoise(problem, b._replace(x0=problem.data(G, b)), draw(problem, stream, step, "gap"))
         descend(own, student_loss(problem, objective, teacher, critic, fake)[0])
         slower.step()
         ema_update(average, G, 0.98, step + 1)
@@ -115,13 +118,13 @@ def map_point(problem, row, stream, iters):
     """A flow map trained along the row -> its one-step samples, a function of a batch."""
     teacher, net = exact(problem), Added(problem)
     average, before, g = copy.deepcopy(net), copy.deepcopy(net), torch.Generator().manual_seed(1)
-    own, slower = put_in_training(net, iters, 5e-3, (0.9, 0.99))
+    own, slower = make_optimizer(net, iters, (0.9, 0.99))
     for step in range(iters):
         stage = min(5 * step // iters, 4)  # progressive distillation: 16, 8, 4, 2, 1 steps
         if step == -(-stage * iters // 5):
             before.load_state_dict(average.state_dict())
         legs = make_legs(problem, row, teacher, net, average, before if stage else None)
-        b = stream.draw(step, "map")._replace(x0=draw_mixture(stream.batch, g))
+        b = draw(problem, stream, step, "map")._replace(x0=draw_mixture(stream.batch, g))
         trip = draw_trip(problem, row, stream, b, step, 16 >> stage)
         descend(own, map_loss(problem, row, legs, net, trip))
         slower.step()
@@ -148,25 +151,27 @@ def distance(x, y):
 
 
 def make_row(name, args):
-    """A family's cells -> (name, densities)."""
+    """A family's cells -> their densities."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # its networks are too small for more, and a process a row is at work
     problem = Problem(FAMILIES[name], "data", name == "bridge")
     times = [min(time_of_noise_ratio(problem, ratio), 0.999) for ratio in RATIO_RANGE]
-    stream = Corners(0, args.batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, times, reference=problem.sees_x1)
-    shown, truth = stream._replace(batch=args.n).draw("shown"), draw_mixture(args.n, torch.Generator().manual_seed(2))
+    stream = Stream(0, args.batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, times)
+    shown = draw(problem, stream._replace(batch=args.n), "shown")
+    truth = draw_mixture(args.n, torch.Generator().manual_seed(2))
     first = start_at(problem, shown, float(time_grid(problem, 50)[0]))
     sampler = Sampler(50, "posterior" if problem.sees_x1 else "euler")
     cells = {"data": truth, "teacher, 50": solve(problem, exact(problem), first, sampler,
                                                  lambda i: torch.randn_like(truth))}
-    for column in (*OBJECTIVES, *ROWS):
-        if (name, column) == ("ve", "cross"):  # alpha' = 0: no gradient at all
+    start, to_the_end = time_of_noise_ratio(problem, START_RATIO), stream._replace(times=(times[0], last_time(problem)))
+    for column, objective in OBJECTIVES.items():
+        try:
+            check_objective(problem, objective)
+            cells[column] = distill_point(problem, objective, stream, start, args.iters)(shown)
+        except UserError:  # it has no gradient there
             cells[column] = torch.full_like(truth, math.nan)
-        elif column in OBJECTIVES:
-            start = time_of_noise_ratio(problem, START_RATIO)
-            cells[column] = distill_point(problem, OBJECTIVES[column], stream, start, args.iters)(shown)
-        else:
-            to_the_end = stream._replace(times=(times[0], last_time(problem)))
-            cells[column] = map_point(problem, ROWS[column], to_the_end, args.iters)(shown)
+    for column, row in ROWS.items():
+        cells[column] = map_point(problem, row, to_the_end, args.iters)(shown)
     print(name, *(f"{column} {distance(x, truth):.3f}" for column, x in cells.items()), sep="  ", flush=True)
     return [density(x) for x in cells.values()]
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import plane
 from common.data import Stream
 from common.files import load_checkpoint
 from common.images import to_device, to_uint8
@@ -14,8 +15,7 @@ from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, foll
                           regression_loss, solve, start_at, student_input, time_of_noise_ratio)
 from model import ema_update, load_model
 
-MEANS = torch.tensor([[1.0, 1.0], [-1.2, 0.8], [-0.8, -1.0], [1.1, -0.9]], dtype=torch.float64)
-STDS = torch.tensor([0.15, 0.3, 0.2, 0.4], dtype=torch.float64)
+MEANS, STDS = plane.MEANS.double(), plane.STDS.double()
 PATHS = ["linear", "vp", "gvp", "ve", "bridge"]
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from distill import OBJECTIVES, student_loss
-from flow_map import ROWS as ROWS_OF_MAPS
+from flow_map import ROWS as MAPS
 from interpolants import FAMILIES, Batch, Problem, regression_loss, time_of_noise_ratio
-from plane import MEANS, STDS, exact, make_row
+from plane import MEANS, STDS, Added, descend, exact, make_row
 
 BATCH = 256
 
@@ -37,12 +37,6 @@ def setting(row, lowest):
         x1 = 3 * torch.sign(x1) if problem.sees_x1 else x1  # a reference of its own: four far points
         return Batch(student(g), x1, z, low + (high - low) * u)
     return problem, draw
-
-
-def descend(optimizer, loss):
-    optimizer.zero_grad()
-    loss.mean().backward()
-    optimizer.step()
 
 
 def recover(problem, objective, draw, make_critic, steps, tolerance, critic_steps=0):
@@ -76,29 +70,12 @@ def test_every_objective_recovers_the_mixture(row, objective):
     recover(problem, objective, draw, best, 250 if (row, objective) == ("bridge", "gap") else 150, 0.08)
 
 
-class Critic(torch.nn.Module):
-    """The teacher and a small network added to it, so that it starts from the teacher."""
-
-    def __init__(self, teacher):
-        super().__init__()
-        self.teacher = teacher
-        self.net = torch.nn.Sequential(torch.nn.Linear(5, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64),
-                                       torch.nn.SiLU(), torch.nn.Linear(64, 2))
-        torch.nn.init.zeros_(self.net[-1].weight)
-        torch.nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, x_t, t, y=None, x1=None):
-        seen = torch.zeros_like(x_t) if x1 is None else x1
-        correction = self.net(torch.cat([x_t.flatten(1), t[:, None], seen.flatten(1)], 1))
-        return self.teacher(x_t, t, y, x1) + correction[..., None, None]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("row, objective", [("linear", "sid"), ("bridge", "cross")])
 def test_with_a_learnt_critic(row, objective):
     torch.manual_seed(0)
     problem, draw = setting(row, 0.2)
-    recover(problem, objective, draw, lambda _, teacher: Critic(teacher), 250, 0.25, critic_steps=2)  # so small a
+    recover(problem, objective, draw, lambda *_: Added(problem), 250, 0.25, critic_steps=2)  # so small a
     # network blurs the sharp modes
 
 
@@ -107,5 +84,5 @@ def test_the_planes_cells(family):
     """As many as objectives of both kinds, with points in all, but for the one without a gradient."""
     cells = make_row(family, argparse.Namespace(iters=2, batch=8, n=40))
     empty = [i for i, cell in enumerate(cells) if (cell == 255).all()]
-    assert len(cells) == 2 + len(OBJECTIVES) + len(ROWS_OF_MAPS) and cells[0].shape == (72, 72, 1)
+    assert len(cells) == 2 + len(OBJECTIVES) + len(MAPS) and cells[0].shape == (72, 72, 1)
     assert empty == [2 + list(OBJECTIVES).index("cross")] * (family == "ve")
