@@ -77,7 +77,8 @@ def flow_map(row="lagrange", flags="", seconds=360):
 ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
-SUMMARY = ("linear teacher", "sid, 360 s", "sid, 4 steps, 360 s", "map lagrange, 360 s", "map for 1/3, then sid, 360 s")
+SUMMARY = ("linear teacher", "sid, 360 s", "sid, 4 steps, 360 s", "map lagrange, 360 s", "map for 1/3, then sid, 360 s",
+           "map for 1/1.5, then sid, 360 s")  # of the README
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange")  # these run for 15 minutes as well
 LINEAR = teacher("--interpolant linear")
@@ -317,34 +318,50 @@ def read_records(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
+def cell(records, label, key, digits):
+    """Mean and spread (standard deviation) over the records of one row; "" where they have no such number."""
+    values = [r["scores"][label][key] for r in records if key in r["scores"].get(label, ())]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
+
+
+def as_markdown(head, lines):
+    lines = [f"| {' | '.join(words)} |" for words in (head, *lines)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if len(lines) > 1 else "Not measured yet."
+
+
 def table(records, group):
-    """Markdown: a line for each row and way of sampling, mean and spread (standard deviation) over its seeds. The group
-    summary is of the rows of SUMMARY."""
-    records = [r for r in records if group == r["group"] or group == "summary" and r["row"] in SUMMARY]
+    """Markdown: a line for each row and way of sampling, over its seeds."""
     columns = {"score": ("frechet", 2), "accuracy": ("accuracy", 3), "std": ("std", 3), "precision": ("precision", 3),
                "recall": ("recall", 3), "nearest": ("nearest", 3), "PSNR": ("psnr", 2)}
-    columns = {name: how for name, how in columns.items()
-               if any(how[0] in score for r in records for score in r["scores"].values())}
-    lines = [f"| row | sampled | seeds | n | {' | '.join(columns)} | iterations |", "|" + "---|" * (len(columns) + 5)]
-    for name in make_rows():
-        mine = [r for r in records if r["row"] == name]
-        for label in mine[0]["scores"] if mine else ():
-            scores = [r["scores"][label] for r in mine]
+    scores = [score for r in records if r["group"] == group for score in r["scores"].values()]
+    columns = {name: how for name, how in columns.items() if any(how[0] in score for score in scores)}
+    lines = []
+    for name, row in make_rows().items():
+        mine = [r for r in records if r["row"] == name and row.group == group]
+        steps = ", ".join(" + ".join(str(stage["iterations"]) for stage in r["stages"]) for r in mine)
+        lines += [[name, label, str(len(mine)), str(score["n"]), *(cell(mine, label, *how) for how in columns.values()),
+                   steps] for label, score in (mine[0]["scores"].items() if mine else ())]
+    return as_markdown(["row", "sampled", "seeds", "n", *columns, "iterations"], lines)
 
-            def cell(key, digits):
-                values = [s[key] for s in scores if key in s]
-                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-                return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
-            steps = [" + ".join(str(stage["iterations"]) for stage in r["stages"]) for r in mine]
-            cells = [name, label, str(len(mine)), str(scores[0]["n"]), *(cell(*how) for how in columns.values())]
-            lines.append(f"| {' | '.join([*cells, ', '.join(steps)])} |")
-    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+def summary(records):
+    """Markdown for the README: a line for each row of SUMMARY, a column for each number of steps."""
+    lines, steps = [], ("1", "2", "4", "50")
+    for name in SUMMARY:
+        mine = [r for r in records if r["row"] == name]
+        cells = [[cell(mine, label, *how) for how in (("frechet", 1), ("accuracy", 2), ("recall", 2))]
+                 for label in steps]
+        lines += [[name, str(len(mine)), *(" / ".join(three) if three[0] else "" for three in cells)]] if mine else []
+    return as_markdown(["score / accuracy / recall", "seeds", *(f"steps: {label}" for label in steps)], lines)
 
 
 def write(records, page):
-    """The page's text with each table between <!-- results:GROUP --> and <!-- end --> made anew."""
-    return re.sub(r"<!-- results:(\w+) -->\n.*?<!-- end -->",
-                  lambda m: f"<!-- results:{m[1]} -->\n{table(records, m[1])}\n<!-- end -->", page, flags=re.S)
+    """The page's text with each table between <!-- results:GROUP --> (or summary) and <!-- end --> made anew."""
+    def make(match):
+        made = summary(records) if match[1] == "summary" else table(records, match[1])
+        return f"<!-- results:{match[1]} -->\n{made}\n<!-- end -->"
+    return re.sub(r"<!-- results:(\w+) -->\n.*?<!-- end -->", make, page, flags=re.S)
 
 
 def draw_seconds(records):
