@@ -497,7 +497,7 @@ class Run:
 
     def begin(self, step):
         """The folder is locked, the flags are written, and signals are caught from here on."""
-        self.stop, self.first, self.began = StopSignal(), step, time.time()
+        self.stop, self.first, self.began, self.compiling = StopSignal(), step, time.time(), self.args.compile
         self.last_step, self.last_time, self.log = step, self.began, self.out / "log.jsonl"
         if self.rank > 0:
             return
@@ -626,9 +626,10 @@ class Run:
             raise UserError(f"iteration {step}: losses or gradients were not finite 10 times in a row; lower --lr. "
                             "The last good checkpoint is untouched")
         last = step == args.iters
-        if args.compile and step == self.first + 1:
+        if self.compiling:  # its time counts in no rate
             self.say(f"compiled, and ran once, in {minutes(time.time() - self.began)}")
-            self.first, self.last_step, self.began, self.last_time = step, step, time.time(), time.time()
+            self.compiling, self.first, self.last_step = False, step, step
+            self.began = self.last_time = time.time()
         if step == self.first + 3 and not last and args.sample_every:
             due = min(args.iters, step + args.sample_every - step % args.sample_every)
             self.say(f"the first picture comes at iteration {due}, in about "

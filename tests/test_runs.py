@@ -765,7 +765,7 @@ def test_compiled_runs(flags, tmp_path, job="distill"):
     """torch.compile in place: weights keep their names, so an uncompiled command goes on from the checkpoint."""
     flags = (*flags[job], *CHEAP[job], "--out", tmp_path, "--iters")
     said = Life(tmp_path, job, *flags, 2, "--compile", change=without_a_compiler).end()
-    assert said.count("compiled\n") == 3
+    assert said.count("compiled\n") == 3 and said.count("compiled, and ran once, in") == 1
     assert "going on from iteration 2 " in Life(tmp_path, job, *flags, 3).end()
 
 
