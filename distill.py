@@ -44,7 +44,7 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {  # what a row sets, the flags of these names override
     "gap": Objective(1.0, "full", "uniform", "velocity"),  # UID; FGM as written (arXiv:2410.19310)
-    "cross": Objective(1.0, "stop", "uniform", "velocity"),  # Diff-Instruct (arXiv:2305.18455); weight 2/t on linear
+    "cross": Objective(1.0, "stop", "uniform", "velocity"),  # Diff-Instruct (arXiv:2305.18455); 2/t on D in data units
     "sid": Objective(2 * (1 - 1.2), "full", "l1", "data"),  # SiD, a = 1.2 (arXiv:2404.04057, eq. 23)
     "dmd": Objective(1.0, "stop", "l1", "data"),  # DMD2 without its GAN (arXiv:2405.14867)
 }
@@ -184,7 +184,7 @@ class Watched(NamedTuple):
         each."""
         x0, b, given = self.samples(student)[:n], self.b.rows(slice(n)), self.problem.sees_x1
         t = torch.full((n,), self.t, device=x0.device)
-        b, _ = self.problem.noised(b._replace(x0=x0, x1=b.x1 if given else b.x0, t=t))
+        b, _ = self.problem.noised(b._replace(x0=x0, x1=b.x1 if given else b.x0, t=t))  # b.x0 is noise here
         return [*[b.x1] * given, x0, self.problem.data(teacher, b), self.problem.data(critic, b)]
 
 
@@ -280,7 +280,7 @@ def parse_flags():
     add("--flow_weight", type=number(float, 0), default=0.0, help="weight of a trajectory loss on the student, "
         "which is a flow map then and takes several steps as well; 0 = off")
     add("--flow_row", type=one_of(FLOW_ROWS), default="freeflow", help="the row of flow_map.py that makes it: "
-        + ", ".join(FLOW_ROWS))
+        + ", ".join(FLOW_ROWS) + "; freeflow and direct need no data and serve one step alone")
     add("--keep", type=number(int, 0), default=5, help="numbered checkpoints that stay: the newest, and every tenth; "
         "0 keeps all")
     add = parser.group("real data")

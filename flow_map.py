@@ -31,7 +31,8 @@ class Row(NamedTuple):
     """A method. lam: where the legs meet: mu, 1-mu, random or a number; first, second: who makes them (LEGS); times:
     which (t, r) are drawn (TIMES), with shares `borders` of t = 1 and of r = 0; diagonal: share of rows with r = t,
     which learn the teacher's prediction; power: of the loss that it is divided by; tangent: finite legs, or jvp, their
-    limit mu -> 0; mu: the short leg's share of the step; solver_steps: of the solver's leg."""
+    limit mu -> 0; mu: the short leg's share of the step, over which the teacher's prediction stands for its ODE, so
+    that the fixed point is off in proportion; solver_steps: of the solver's leg."""
     lam: str
     first: str
     second: str
@@ -96,7 +97,7 @@ def trajectory_target(problem, row, legs, trip, X):
     if row.lam != "1":
         B = legs.second(b._replace(x_t=ddim(problem, A, b, s), t=s))
         target = w * A + (1 - w) * B
-    k = {"1-mu": (1 - w).clamp_min(row.mu), "mu": row.mu}.get(row.lam, 1)
+    k = {"1-mu": (1 - w).clamp_min(row.mu), "mu": row.mu}.get(row.lam, 1)  # 1 - w is 0 at r = t, not learnt from here
     return X + (target - X) / k
 
 
@@ -193,10 +194,11 @@ def solve_leg(problem, net, b, n):
 # What the loss is taken on
 
 def draw_times(row, n, span, g):
-    """t in [low, high] = span and r in [0, t], (n,) float64 on the host."""
+    """t in [low, high] = span and r in [0, t], (n,) float64 on the host; of a grid t alone, of which draw_trip makes
+    intervals."""
     low, high = span
     u, v, to_high, to_zero = torch.rand(4, n, generator=g, dtype=torch.float64)
-    if row.times == "lognormal":  # MeanFlow's pairs (arXiv:2505.13447, table 1d)
+    if row.times == "lognormal":  # the sigmoid of a normal: MeanFlow's pairs (arXiv:2505.13447, table 1d)
         pair = high * (torch.randn(2, n, generator=g, dtype=torch.float64) - 0.4).sigmoid()
         return pair.amax(0).clamp_min(low), pair.amin(0)
     if row.times == "grid":
@@ -234,7 +236,8 @@ def parse_flags():
     parser = Parser(__doc__)
     add_teacher_flags(parser)
     add = parser.group("the trajectory loss")
-    add("--row", type=one_of(ROWS), default="lagrange", help=", ".join(ROWS) + ": a row of the flags up to --mu")
+    add("--row", type=one_of(ROWS), default="lagrange", help=", ".join(ROWS) + ": what flags that say \"the "
+        "row's\" are unless given")
     add("--lam", default=None, help="where the two legs t -> s -> r meet, s = t - lam (t - r): mu, 1-mu, random, or a "
         "number in (0, 1] (the row's)")
     add("--first", type=one_of(LEGS), default=None, help="who makes the first leg: " + ", ".join(LEGS) + " (the "

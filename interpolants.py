@@ -318,6 +318,7 @@ def follow_map(problem, net, b, grid, restart=0.0, noise=None):
         if restart:
             k, j = (known(problem, time, x.ndim) for time in (down, up))
             shift = j.beta * b.x1 - j.alpha / k.alpha * k.beta * b.x1 if problem.sees_x1 else 0
+            # x_up given x_down: alpha_up / alpha_down x and as much noise as makes its std s_up
             fresh = (j.s ** 2 - (j.alpha / k.alpha * k.s) ** 2).clamp_min(0).sqrt() * noise(i)
             x = j.alpha / k.alpha * x + shift + fresh
         b = b._replace(x_t=x)
