@@ -22,7 +22,7 @@ from common.files import checksum, load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, stack_rows, to_uint8
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
                         number, one_of, precision, put_in_training)
-from flow_map import DATA_FREE, ROWS, draw_trip, make_legs, map_loss
+from flow_map import DATA_FREE, ROWS, check_tangent, draw_trip, make_legs, map_loss
 from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, last_time, loss_weight, prediction_scale,
                           regression_loss, solve, start_at, student_input, time_grid, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
@@ -133,7 +133,8 @@ def draw_start(problem, stream, net, times, *key):
     before made by net -> Batch with x_t and t."""
     b = stream.draw(*key)
     if stream.reference:
-        b = b._replace(**{name: getattr(stream.draw_data(*key), name) for name in ("x1", "y")})
+        given = stream.draw_data(*key)
+        b = b._replace(x1=given.x1, y=given.y)
     with precision(stream.device):  # a context of its own: autocast remembers weights cast without gradient
         return student_input(problem, net, times, b, lambda i: stream.draw(*key, i)[1:3])
 
@@ -399,6 +400,8 @@ def main():
     args, defaults = parse_flags()
     run = Run(args, defaults, "distill")
     device = run.device
+    if args.flow_weight:
+        check_tangent(ROWS[args.flow_row], device)
     teacher, config, problem, start = open_teacher(args, device)
     state = run.resume("resume.pt", lambda path: load_checkpoint(path, mapped=True),
                        ("student", "critic", "averages", "optimizers", "teacher"))

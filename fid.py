@@ -330,11 +330,12 @@ def open_source(role, name, args, device, size=None):
     return choose_some(open_npz(label, path), limit(role, args))
 
 
-def open_sides(args, device, rank):
-    """-> {role: Source}. A data set takes the side of the checkpoint that it stands beside."""
+def open_sides(args, device, rank, swept=None):
+    """-> {role: Source}. A data set takes the side of the checkpoint that it stands beside. swept: flags of SAMPLES."""
     names, sides, size = {"SAMPLES": args.samples, "REFERENCE": args.reference}, {}, None
     for role in sorted(filter(names.get, names), key=lambda role: names[role] in DATA_SETS):
-        sides[role] = in_turn(lambda: open_source(role, names[role], args, device, size), rank)
+        flags = swept or args if role == "SAMPLES" else args
+        sides[role] = in_turn(lambda: open_source(role, names[role], flags, device, size), rank)
         if sides[role].record["kind"] == "checkpoint":
             size = sides[role].record["image_size"]
     return {role: sides[role] for role in names if role in sides}
@@ -682,7 +683,8 @@ def sweep(args, combinations, sides, measured, ruler, rank, world):
             results = {"SAMPLES": measured("SAMPLES", sides["SAMPLES"]), **others}
 
             def finish():
-                record = {"flags": chosen, **conclude(args, sides, results, ruler, world)}
+                known = next((r for r in records if settings_of(r) == wanted), {})  # other metrics of the same
+                record = {**known, "flags": chosen, **conclude(args, sides, results, ruler, world)}
                 records[:] = [r for r in records if settings_of(r) != wanted] + [record]
                 save_json(args.json, {"sweep": records})
                 return record
@@ -749,7 +751,7 @@ def parse_flags():
 def main():
     args, sampling, combinations = parse_flags()
     rank, world, device = start_processes(args.device)
-    sides = open_sides(args, device, rank)
+    sides = open_sides(args, device, rank, combinations[0][1] if combinations else None)
     if sampling and not any(side.record["kind"] == "checkpoint" for side in sides.values()):
         raise UserError(f"--{sampling[0]} {getattr(args, sampling[0])}: is for samples of a checkpoint, which neither "
                         "side is; leave it out")

@@ -307,6 +307,11 @@ def check_row(args):
     return row if row.lam in ("mu", "1-mu", "random") else row._replace(lam=f"{float(row.lam):g}")
 
 
+def check_tangent(row, device):
+    if row.tangent == "jvp" and device.type == "mps":
+        raise UserError("--tangent jvp: needs float64, which mps has not; add --device cpu")
+
+
 def main():
     args, defaults = parse_flags()
     row = check_row(args)
@@ -318,6 +323,7 @@ def main():
         ("tangent_warmup", "--tangent jvp", row.tangent == "jvp")))
     run = Run(args, defaults, "flow_map")
     device = run.device
+    check_tangent(row, device)
     teacher, config, problem = load_teacher(args, device)
     kind, side, latest = config.get("reference"), config["network"]["image_size"], last_time(problem)
     if kind == "unpaired":

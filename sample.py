@@ -328,7 +328,10 @@ def compare(args, device):
             raise UserError(f"--compare TEACHER STUDENT: the two differ in {name}")
     if config.get("reference") != student_config.get("reference"):
         raise UserError("--compare TEACHER STUDENT: the two differ in their reference")
-    args.cfg_scale = student_config["student"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
+    if args.cfg_scale is None:
+        args.cfg_scale, interval = (student_config["student"].get(key) for key in ("cfg_scale", "cfg_interval"))
+        if interval and args.cfg_interval == [0.0, 1.0]:
+            args.cfg_interval = interval
     sampler, times = choose_sampler(args, teacher, config, args.compare[0]), student_times(student_config)
     starts, decode = read_starts(args, teacher, config), decoder(args.vae, config, device)
     n, panels, captions, made = len(starts.labels), [], [], []
@@ -423,9 +426,13 @@ def main():
             mine = generate(net, config, labels[rows], args.seed, range(rows.start, rows.stop), sampler,
                             None if x1 is None else x1[rows], decode)
             if folder:
-                with writing(out):
-                    for i, image in enumerate(mine, rows.start):
-                        as_pillow(image).save(out / f"{i:06d}.png")
+                try:
+                    with writing(out):
+                        for i, image in enumerate(mine, rows.start):
+                            as_pillow(image).save(out / f"{i:06d}.png")
+                except UserError as error:
+                    error.everywhere = False
+                    raise
         parts = [mine]
         if world > 1:
             parts = [None] * world if rank == 0 else None
@@ -443,7 +450,9 @@ def main():
     elif out.suffix.lower() == ".npz":
         more = {} if not args.pairs else {"interpolant": config["interpolant"], "noise": first_noise(
             net, config, args.seed, range(n)).half().numpy(), "classes": np.array(config.get("classes") or ())}
-        save_file(out, lambda f: np.savez(f, arr_0=images, arr_1=labels, **more))
+        if not args.pairs or net.num_classes:
+            more["arr_1"] = labels
+        save_file(out, lambda f: np.savez(f, arr_0=images, **more))
     elif x1 is None:
         save_picture(out, square_grid(images))
     else:  # rows of what went in, what came out and, where it is known, the truth

@@ -139,9 +139,10 @@ def configure(args, problem, data, reference):
                "precondition": preconditioning(problem.path) if problem.path.precondition else None,
                "reference_channels": data.channels if reference and reference.kind != "unpaired" else 0}
     config = {"network": network, "model": args.model, "interpolant": args.interpolant,
-              "prediction": problem.prediction, "data": args.data}
+              "prediction": problem.prediction, "data": args.cache_latents or args.data}
     if data.classes:
-        config.update(classes=list(data.classes), class_counts=np.bincount(data.labels).tolist())
+        counts = np.bincount(data.labels, minlength=data.num_classes)
+        config.update(classes=list(data.classes), class_counts=counts.tolist())
     if data.flip:
         config["flip"] = True
     if data.latent:

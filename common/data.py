@@ -205,14 +205,16 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
                 kept.append(int(labels[i]) if classes else 0)
             except UserError as error:
                 if not skip_broken:
+                    images = None  # closed: Windows takes no file away that is open
                     part.unlink()
                     raise UserError(f"{error}; mend or delete it, or add --skip_broken") from None
                 say(f"skipped {error}")
             tell(i + 1, len(files))
         if not kept:
+            images = None
             part.unlink()
             raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
-        images.flush()
+        images = images.flush()  # and closed
         cropped, resized = (sum(test(*h) for h in headers) for test in (
             lambda width, height, _: width != height, lambda width, height, _: min(width, height) != size))
         record = {"labels": kept, "classes": classes, "source": str(folder), "changed":
@@ -260,6 +262,7 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
         images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
     elif path.is_file() and path.suffix == ".npz":
         images, labels = read_npz(path, say=say)
+        names = read_names(path)
     else:
         raise UserError(f"--data {data}: no such data set, .npz file or folder (data sets: {', '.join(DATA_SETS)})")
     size = image_size or min(images.shape[1:3])
@@ -330,6 +333,12 @@ def load_reference(name, images, data_dir, say=print):
     return Reference(kind, x1)
 
 
+def read_names(path):
+    """Names of the classes that sample.py --pairs keeps beside its images; None of other files."""
+    with np.load(path, allow_pickle=False) as npz:
+        return npz["classes"].tolist() or None if {"noise", "classes"} <= set(npz.files) else None
+
+
 def load_pairs(path, interpolant):
     """--pairs FILE.npz (sample.py): images and the noise that the teacher made them from (ReFlow, arXiv:2209.03003) ->
     Images."""
@@ -339,7 +348,7 @@ def load_pairs(path, interpolant):
         if not {"noise", "interpolant"} <= set(npz.files):
             raise UserError(f"{label}: holds no noise beside its images; make it with sample.py --pairs")
         noise, made_on = npz["noise"], str(npz["interpolant"])
-        names = npz["classes"].tolist() if "classes" in npz else None
+    names = read_names(path)
     if made_on != interpolant:
         raise UserError(f"{label}: was made on the {made_on:.20} path; add --interpolant {made_on:.20}, or make it "
                         "anew")

@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 # The command line
 
 class UserError(Exception):
-    """A mistake of the user's, or of a file given by the user: one line and exit code 2. The first process prints it,
-    unless another one met it alone (everywhere = False)."""
+    """A mistake of the user's, or of a file given by the user: one line and exit code 2. The first process of a machine
+    prints it, unless another one met it alone (everywhere = False)."""
     everywhere = True
 
 
@@ -120,7 +120,7 @@ def add_run_flags(parser, **defaults):
 
 
 def command(main):
-    """Run a script's main(): a UserError becomes `file.py: error: ...` (once, from the first process) and exit code 2,
+    """Run a script's main(): a UserError becomes `file.py: error: ...` (once a machine) and exit code 2,
     Ctrl-C exit code 130. Whatever else goes wrong keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):  # names of files may be of another alphabet, or no text at all
         if hasattr(stream, "reconfigure"):
@@ -134,7 +134,7 @@ def command(main):
         leave_processes()
         raise
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0 or not error.everywhere:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0 or not error.everywhere:
             text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # one line, whatever is in it
             print(f"{name}: error: {text}", file=sys.stderr, flush=True)
         leave_processes()
@@ -317,7 +317,11 @@ class Trained(NamedTuple):
                 raise ValueError("a moment of another shape")
             moments = {i: {k: v.to(weights[i].device if v.ndim else v.device, copy=True) for k, v in row.items()}
                        for i, row in state["state"].items()}  # copied: a mapped file is let go of
-            self.optimizer.load_state_dict({**state, "state": moments})
+            groups = [{**own, "params": was["params"]} for own, was in zip(  # this command's settings, not the file's
+                self.optimizer.param_groups, state["param_groups"], strict=True)]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            for p, row in getattr(self.optimizer, "optim", self.optimizer).state.items():
+                row["step"] = row["step"].to(p.device)  # not with --shard: github.com/pytorch/pytorch/issues/124133
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(f"{path}: its optimizer does not fit its weights ({type(error).__name__}: {error}); start "
                             "over with --fresh") from None
@@ -351,8 +355,8 @@ FREE_FLAGS = {"iters", "out", "wandb", "keep", "fresh", "device", "compile", "lo
 TUNED_FLAGS = {"lr", "critic_lr", "gan_lr", "warmup", "decay_from", "weight_decay", "clip"}
 
 
-PICTURES = {"teacher": ["samples_*.png"], "flow_map": ["flow_map_*.png"],  # numbered files, by job
-            "distill": ["distill_*.png", "student_one_step_*.pth"]}
+NUMBERED = {"teacher": ["samples_*.png", "teacher.pt"], "flow_map": ["flow_map_*.png", "flow_map.pt"],
+            "distill": ["distill_*.png", "student_one_step_*.pth", "resume.pt"]}  # and what goes on, by job
 
 
 @functools.lru_cache
@@ -527,8 +531,9 @@ class Run:
                  f"MiB before activations; {self.device}" + f" x {self.world}" * (self.world > 1))
 
     def put_aside(self):
-        """--fresh: what the run before has numbered does not stand among what this one will."""
-        old = [path for pattern in PICTURES[self.job] for path in self.out.glob(pattern)]
+        """--fresh: what the run before has numbered does not stand among what this one will, and its checkpoint is not
+        what torchrun goes on from when it restarts this one."""
+        old = [path for pattern in NUMBERED[self.job] for path in self.out.glob(pattern)]
         with writing(self.out):
             for path in old:
                 (self.out / "before_fresh").mkdir(exist_ok=True)

@@ -341,6 +341,12 @@ def test_a_sweep_is_a_table_that_goes_on(script, refused, record, quick, small_t
     for more in (("--n_reference", 20), ("--resize", "torch"), ("--metrics", "fid,kid")):  # other settings
         assert script("fid", *flags, *more, "--steps", 3, "--json", "s.json", "--sweep", "cfg_scale=2")[0] == 0
     assert len(passes) == 6
+    for metric, new in (("kid", 2), ("fid", 0)):  # of the same settings: both stay
+        passes.clear()
+        assert script("fid", *flags, "--steps", 3, "--metrics", metric, "--json", "s.json", "--sweep", "cfg_scale=2",
+                      "labels=random")[0] == 0
+        assert len(passes) == new
+    assert script("fid", *flags, "--cfg_interval", 0.2, 0.8, "--json", "t.json", "--sweep", "cfg_scale=2,3")[0] == 0
     copy = pathlib.Path("copy.pt")
     copy.write_bytes(small_teacher.read_bytes())
     assert script("fid", copy, *flags[1:], "--sweep", "steps=1")[0] == 0 and pathlib.Path("copy_sweep.json").exists()

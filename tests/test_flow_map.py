@@ -7,7 +7,7 @@ import torch
 
 import plane
 from common.data import Stream
-from common.files import load_checkpoint
+from common.files import load_checkpoint, save_checkpoint
 from common.images import to_device, to_uint8
 from flow_map import (ROWS, Legs, Trip, draw_trip, make_legs, map_loss, solve_leg, tangent_target,
                       trajectory_target)
@@ -386,3 +386,23 @@ def test_a_teacher_learns_on_pairs(script, small_teacher, tmp_path, monkeypatch)
         i = (x0 - to_device(pairs["arr_0"], "cpu")).flatten(1).abs().amax(1).argmin()
         assert torch.equal(x1, torch.from_numpy(pairs["noise"][i]).float())
     assert script("train_teacher", "--pairs", file, "--interpolant", "vp", *common, "--out", tmp_path / "q")[0] == 2
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog", "fox"), None])
+def test_pairs_keep_the_teachers_classes(script, small_teacher, tmp_path, classes):
+    """Their names, how many have none of the images, or that there are none."""
+    state, table = load_checkpoint(small_teacher), "y_embedder.embedding_table.weight"
+    n, file, tiny = len(classes or ()), tmp_path / "p.npz", ("--batch", 3, "--iters", 1, "--device", "cpu")
+    state["ema"][table] = state["ema"][table][:n + 1]
+    state["config"]["network"]["num_classes"] = n
+    state["config"].update(classes=list(classes or ()), class_counts=[5] * n)
+    save_checkpoint(tmp_path / "t.pt", state)
+    for words in (("sample", "--ckpt", tmp_path / "t.pt", "--steps", 1, "--n", 6, "--pairs", file, *tiny[4:],
+                   *("--labels", "cat,fox") * bool(n)),
+                  ("train_teacher", "--pairs", file, "--model", "SiT-XXS/4", *tiny, "--out", tmp_path),
+                  ("flow_map", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--out", tmp_path)):
+        code, _, err = script(*words)
+        assert code == 0, err
+    config = load_model(tmp_path / "teacher.pt")[1]
+    assert config["network"]["num_classes"] == n
+    assert (tuple(config["classes"]), config["class_counts"]) == (classes, [3, 0, 3]) if n else "classes" not in config

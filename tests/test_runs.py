@@ -220,7 +220,8 @@ def test_what_a_run_says_keeps_and_puts_aside(runs, images, small_teacher, tmp_p
     assert last["commit"] == commit and (commit is None or re.fullmatch(r"[0-9a-f]{12}\+?", commit))
     assert "nothing to do" in runs("distill", *flags, "--iters", 12, "--out", tmp_path)
     said = runs("distill", *flags, "--iters", 1, "--fresh", "--out", tmp_path)
-    assert "5 pictures and checkpoints" in said and len([*(tmp_path / "before_fresh").iterdir()]) == 5
+    assert "6 pictures and checkpoints" in said  # the last is what a restart of this run must not go on from
+    assert load_checkpoint(tmp_path / "before_fresh" / "resume.pt")["step"] == 12
     assert [f.name for f in tmp_path.glob("distill_*.png")] == ["distill_0000001.png"]
     assert len(log(tmp_path, "distill")) == 1
 
@@ -389,7 +390,10 @@ def test_rates_may_change_on_the_way_and_nothing_else(runs, refused, flags, tmp_
     refused(job, *flags, 4, "--batch", 8, "--seed", 1, says=("--batch 8", "other too: --seed 1"))
     refused(job, *flags, 1, says=("--iters 1", "at iteration 2 already"))
     assert (tmp_path / FILES[job]).read_bytes() == before
-    said = runs(job, *flags, 4, "--lr", 1e-5, "--clip", 0.5, "--accum", 2, "--grad_checkpoint")
+    decay = ("--weight_decay", 0.5) * (job == "train_teacher")
+    said = runs(job, *flags, 4, "--lr", 1e-5, "--clip", 0.5, "--accum", 2, "--grad_checkpoint", *decay)
+    for group in load_checkpoint(tmp_path / FILES[job])["optimizer"]["param_groups"] if decay else ():
+        assert group["weight_decay"] == 0.5
     assert "note: --lr 1e-05 from iteration 2 on" in said and "note: --clip 0.5 from iteration 2 on, 1.0 before" in said
     assert "going on" not in runs(job, *flags, 2, "--seed", 1, "--fresh")
     assert load_checkpoint(tmp_path / FILES[job])["step"] == 2
@@ -428,6 +432,7 @@ def test_latents_go_on_by_the_name_of_their_folder(runs, refused, tmp_path, monk
     made = ("--data", "images.npz", "--image_size", 16, "--vae", "vae.bin", "--cache_latents", "cache")
     for iters, flags in ((1, made), (2, ("--data", "cache")), (3, made)):
         assert ("going on" in runs(*train, *flags, "--iters", iters)) == (iters > 1)
+        assert load_model("out/teacher.pt")[1]["data"] == "cache"  # what flow_map.py goes to by itself
     runs(*train, *made[:-1], "turned", "--image_size", 8, "--out", "other", "--iters", 1)
     refused(*train, "--data", "turned", "--iters", 4, says="--data turned: is not what")
 
@@ -818,9 +823,9 @@ def test_compare_draws_both(runs, checkpoints, tmp_path, monkeypatch):
     flags = ("--compare", checkpoints["teacher"], checkpoints["student"], "--n", 20, "--steps", 3)
     said = runs("sample", *flags, "--out", tmp_path / "c.png")
     assert "teacher: 20 images, 3 steps" in said and "one-step student: 20 images, 1 steps" in said
-    asked = [(sampler.steps, sampler.cfg_scale, seed, list(labels))
+    asked = [(sampler.steps, sampler.cfg_scale, sampler.cfg_interval[0], seed, list(labels))
              for _, _, labels, seed, _, sampler, *_ in (call.args for call in spy.call_args_list)]
-    assert (3, 2.0, 0, [0, 1, 2, 3] * 5) in asked and (1, 1.0, 0, [0, 1, 2, 3] * 5) in asked
+    assert (3, 2.0, 0.2, 0, [0, 1, 2, 3] * 5) in asked and (1, 1.0, 0.0, 0, [0, 1, 2, 3] * 5) in asked
     width, height = Image.open(tmp_path / "c.png").size
     assert width > 2 * height
 
@@ -829,7 +834,7 @@ def test_compare_draws_both(runs, checkpoints, tmp_path, monkeypatch):
 # Mistakes
 
 SEEN = {"interpolant": "bridge", "prediction": "data", "reference": "inpaint"}
-STUDENT = {"student": {"t_init": 0.7, "times": [0.7], "steps": 1, "cfg_scale": 2.0}}
+STUDENT = {"student": {"t_init": 0.7, "times": [0.7], "steps": 1, "cfg_scale": 2.0, "cfg_interval": [0.2, 0.8]}}
 
 
 @pytest.fixture(scope="session")
