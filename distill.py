@@ -344,6 +344,8 @@ def check_real(args, config):
     if args.data and not kind and not changed and not args.gan_weight and not flow:
         raise UserError(f"--data {args.data}: nothing uses it; add --real_alpha, --real_beta or --gan_weight, or "
                         "leave it out")
+    if args.flow_weight and "data" in ROWS[args.flow_row][1:3] and args.cfg_scale != 1:
+        raise UserError(f"--cfg_scale {args.cfg_scale:g}: --flow_row {args.flow_row} knows no guidance; leave it out")
     if flow and args.data is None and not kind:
         raise UserError(f"--flow_row {args.flow_row}: needs data to noise; add --data, or take freeflow")
     if changed and args.grad == "stop":
@@ -372,6 +374,9 @@ def open_teacher(args, device):
     checkpoints answer are filled."""
     teacher, config, problem = load_teacher(args, device)
     kind = config.get("reference")
+    if config.get("pairs"):
+        raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: learnt on pairs, whose noise belongs to its images, the "
+                        "gap draws its own; distill it by flow_map.py")
     check_objective(problem, Objective(args.kappa, args.grad, args.weight, args.units))
     check_real(args, config)
     if kind == "unpaired" and args.flow_weight:

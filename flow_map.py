@@ -290,8 +290,8 @@ def check_row(args):
         raise UserError(f"--lam {row.lam}: give mu, 1-mu, random or a number in (0, 1]")
     if row.mu == 1:
         raise UserError("--mu 1: must be below 1")
-    if "data" in row[1:3] and args.cfg_scale != 1:
-        raise UserError(f"--cfg_scale {args.cfg_scale:g}: --first data asks no teacher; leave it out")
+    if ("data" in row[1:3] or args.anchor) and args.cfg_scale != 1:
+        raise UserError(f"--cfg_scale {args.cfg_scale:g}: --first data and --anchor know no guidance; leave it out")
     own = {"mu": row.first in ("teacher", "data") and row.second in ("student", "average"),
            "1-mu": row.first == "student" and row.second == "teacher"}
     if row.tangent == "jvp" and not own.get(row.lam):
@@ -397,7 +397,7 @@ def main():
         b = stream.draw(step, "map")
         if batches:
             images = next(batches)
-            b = b._replace(x0=images.x0, y=images.y, x1=images.x1 if kind else b.x1)
+            b = b._replace(x0=images.x0, y=images.y, x1=b.x1 if images.x1 is None else images.x1)
         trip = draw_trip(problem, row, stream, b, step, args.grid >> stage)
         trip = trip._replace(share=min(1, (step + 1) / max(1, args.tangent_warmup)))
         for rows in run.pieces(X):

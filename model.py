@@ -254,7 +254,7 @@ def guided(net, scale, interval=(0.0, 1.0)):
     everywhere = interval[0] <= 0 and interval[1] >= 1
 
     def call(x_t, t, y, *given):
-        if scale == 0 and everywhere:
+        if y is None or scale == 0 and everywhere:
             return net(x_t, t, None, *given)
         y = torch.cat([y, torch.full_like(y, num_classes)])
         x_t, t, *given = (torch.cat([v, v]) for v in (x_t, t, *given))

@@ -145,6 +145,8 @@ def configure(args, problem, data, reference):
         config.update(classes=list(data.classes), class_counts=counts.tolist())
     if data.flip:
         config["flip"] = True
+    if args.pairs:
+        config["pairs"] = True
     if data.latent:
         config["latent"] = {"autoencoder": data.latent["autoencoder"], "image_size": data.latent["image_size"]}
     if args.interpolant == "bridge":

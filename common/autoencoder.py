@@ -202,7 +202,8 @@ def cache_latents(args, autoencoder, sha256, run):
     if pathlib.Path(data).is_dir():
         files, labels, classes = list_folder(data)
         listing = repr([(str(f.relative_to(data)), f.stat().st_size) for f in files]).encode()
-        n = len(files)
+        n, some = len(files), np.unique(np.linspace(0, len(files) - 1, 64).astype(int))
+        contents = "".join(file_sha256(files[i]) for i in some)
 
         def read(i):
             try:
@@ -214,12 +215,16 @@ def cache_latents(args, autoencoder, sha256, run):
         images, labels, classes, *_ = load_images(data, args.data_dir, size, say=run.say)
         if images.shape[3] not in (1, 3):
             raise UserError(f"--data {data}: {images.shape[3]} channels, an autoencoder reads 1 or 3")
-        n, listing, read = len(images), images.tobytes(), lambda i: np.repeat(images[i], 3 // images.shape[3], -1)
+        n, contents, listing = len(images), "", images.tobytes()
+
+        def read(i):
+            return np.repeat(images[i], 3 // images.shape[3], -1)
     labels = np.zeros(n, np.int64) if labels is None else labels
     shape, chunks = (n, 2, 2, c, side, side), (n + CHUNK - 1) // CHUNK
     record = {"count": n, "shape": list(shape), "dtype": "float16", "source": str(data), "crop": "centre",
               "listing": hashlib.sha256(listing).hexdigest(), "image_size": size, "autoencoder": sha256,
-              "num_classes": len(classes), "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
+              "contents": hashlib.sha256(contents.encode()).hexdigest(), "num_classes": len(classes),
+              "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
 
     named = {**record, "classes": list(classes)}  # beside what is compared: older folders have no names
 
@@ -229,6 +234,7 @@ def cache_latents(args, autoencoder, sha256, run):
             if not (made := read_record(directory / "record.json")):
                 raise UserError(f"{flag}: its record.json is damaged, or of an older version; delete the folder and "
                                 "start again")
+            made = {"contents": record["contents"], **made}  # not in older folders
             changed = next((key for key in record if key != "source" and made.get(key) != record[key]), None)
             if changed:
                 raise UserError(f"{flag}: was made with another {changed} ({str(made.get(changed))[:40]}, here "

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import checksum, download, gunzip, read_record, reading, write_record
+from common.files import checksum, download, gunzip, locked, read_record, reading, write_record
 from common.images import (DEGRADATIONS, check_degradation, degrade, image_files, image_header, read_image, read_npz,
                            resize_images, to_device)
 from common.run import UserError, check_writable, draw_noise, generator, progress
@@ -178,12 +178,23 @@ def list_folder(folder):
     return files, labels.astype(np.int64) if names else None, classes.tolist()
 
 
+def first_side(folder, files, skip_broken):
+    """The shorter side of the first image that can be read."""
+    for file in files:
+        try:
+            return min(read_image(f"--data {folder}", file).shape[:2])
+        except UserError as error:
+            if not skip_broken:
+                raise UserError(f"{error}; mend or delete it, or add --skip_broken") from None
+    raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
+
+
 def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     """Class subfolders or one flat folder of images -> memmap (N,size,size,3), of grey images alone (N,size,size,1),
     labels or None, names of the classes. Decoded once; the next run with the same files, size and data_dir finds the
     result by a fingerprint of names, lengths and times."""
     files, labels, classes = list_folder(folder)
-    size = size or min(read_image(f"--data {folder}", files[0]).shape[:2])
+    size = size or first_side(folder, files, skip_broken)
     listing = repr([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size])
     name = f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     cache = pathlib.Path(data_dir, name)
@@ -259,7 +270,10 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
                             f"{found.latent['image_size']}; leave it out")
         return found
     elif path.is_dir():
-        images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
+        if not pathlib.Path(data_dir).is_dir():
+            check_writable("--data_dir", data_dir)
+        with locked(pathlib.Path(data_dir)):  # of several runs one decodes, the others find what it left
+            images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
     elif path.is_file() and path.suffix == ".npz":
         images, labels = read_npz(path, say=say)
         names = read_names(path)
@@ -366,11 +380,11 @@ def open_data_of(args, run, config):
         return None, None
     kind, net = config.get("reference"), config["network"]
     side, channels, classes = net["image_size"], net["channels"], net["num_classes"]
-    data = run.in_turn(lambda: load_images(args.data, args.data_dir, None if config.get("latent") else side, args.seed,
-                                           say=run.say))
+    data = run.in_turn(lambda: load_pairs(args.data, config["interpolant"]) if config.get("pairs") else load_images(
+        args.data, args.data_dir, None if config.get("latent") else side, args.seed, say=run.say))
     if data.classes and config.get("classes"):
         data = data.among(f"--data {args.data}", config["classes"])
-    if (data.channels, data.side) != (channels, side) or classes and data.num_classes not in (0, classes):
+    if (data.channels, data.side) != (channels, side) or classes and data.num_classes != classes:
         raise UserError(f"--data {args.data}: {data.side}x{data.side}x{data.channels} and {data.num_classes} classes, "
                         f"the teacher has {side}x{side}x{channels} and {classes}")
     data = data._replace(flip=config.get("flip", False))

@@ -79,8 +79,12 @@ def read_image(label, path, size=None):
 
 def resize_images(images, size):
     """(N,H,W,C) uint8 of up to four channels, cropped and resized as files are -> (N,size,size,C)."""
-    return np.stack([np.asarray(ImageOps.fit(as_pillow(image), (size, size), Image.Resampling.LANCZOS)).reshape(
-        size, size, -1) for image in images])
+    def fit(image):
+        image = ImageOps.fit(as_pillow(image), (size, size), Image.Resampling.LANCZOS)
+        return np.asarray(image).reshape(size, size, -1)
+    if images.shape[-1] in (2, 4):  # one by one: Pillow takes the last for the transparency of the others
+        return np.concatenate([resize_images(channel, size) for channel in np.split(images, images.shape[-1], -1)], -1)
+    return np.stack([fit(image) for image in images])
 
 
 def as_pillow(image):

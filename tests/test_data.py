@@ -1,7 +1,9 @@
 """Pixels in: every source of them, and batches."""
+import concurrent.futures
 import json
 import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 import common.data
 from common.data import Images, Reference, Stream, batch_indices, draw_digits, list_folder, load_images, read_folder
-from common.images import image_files, read_image, read_images, to_device, to_uint8
+from common.images import image_files, read_image, read_images, resize_images, to_device, to_uint8
 from common.run import draw_noise
 from sample import choose_labels
 from test_files import draw, refused
@@ -149,15 +151,37 @@ def test_broken_images_are_named_or_skipped():
     count = save_modes("set")
     pathlib.Path("set/broken.png").write_bytes(b"not an image")
     pathlib.Path("set/cut.png").write_bytes(pathlib.Path("set/RGB.png").read_bytes()[:60])
+    pathlib.Path("set/A.png").write_bytes(b"the first")
     for size in (8, None):
-        refused(read_folder, pathlib.Path("set"), size, "cache", says="set/broken.png")
+        refused(read_folder, pathlib.Path("set"), size, "cache", says="set/A.png")
     assert not pathlib.Path("cache").exists() or not [*pathlib.Path("cache").iterdir()]
     said = []
     images, *_ = read_folder(pathlib.Path("set"), 8, "cache", skip_broken=True, say=said.append)
-    assert len(images) == count and "set/broken.png" in said[0] and "set/cut.png" in said[1]
+    assert len(images) == count and [name in line for name, line in zip(("A.png", "broken.png", "cut.png"), said)]
+    assert read_folder(pathlib.Path("set"), None, "cache", skip_broken=True)[0].shape[:3] == (count, 12, 12)
     for name in os.listdir("set"):
         pathlib.Path("set", name).write_bytes(b"")
     refused(read_folder, pathlib.Path("set"), 8, "cache", True, said.append, says="none of its")
+
+
+def test_of_several_runs_one_decodes(monkeypatch):
+    count, read, found = save_modes("set"), common.data.read_image, []
+
+    def slowly(flag, file, *size):
+        found.append(file)
+        time.sleep(0.02)
+        return read(flag, file, *size)
+    monkeypatch.setattr(common.data, "read_image", slowly)
+    with concurrent.futures.ThreadPoolExecutor(3) as runs:
+        made = [*runs.map(lambda _: load_images("set", "cache", 8).images, range(3))]
+    assert len(found) == count and all(np.array_equal(made[0], other) for other in made)
+
+
+def test_channels_that_are_no_transparency_are_resized_alone():
+    image = np.full((1, 8, 8, 4), 200, np.uint8)
+    image[..., 3] = 0
+    for channels in (slice(4), slice(2, 4)):
+        assert (resize_images(image[..., channels], 4) == image[:, :4, :4, channels]).all()
 
 
 def test_what_else_lies_in_folders(monkeypatch):

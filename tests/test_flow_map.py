@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import plane
+import sample
 from common.data import Stream
 from common.files import load_checkpoint, save_checkpoint
 from common.images import to_device, to_uint8
@@ -13,7 +14,7 @@ from flow_map import (ROWS, Legs, Trip, draw_trip, make_legs, map_loss, solve_le
                       trajectory_target)
 from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, follow_map, leg_weight, loss_weight,
                           regression_loss, solve, start_at, student_input, time_of_noise_ratio)
-from model import ema_update, load_model
+from model import build_model, ema_update, load_model
 
 MEANS, STDS = plane.MEANS.double(), plane.STDS.double()
 PATHS = ["linear", "vp", "gvp", "ve", "bridge"]
@@ -284,6 +285,20 @@ def test_a_small_network_learns_the_map(name):
     assert error < 0.75 * guess
 
 
+def test_a_map_of_discrete_times_is_sampled_at_them(monkeypatch):
+    """Those of progressive distillation are even in t; bridges' own grids are not."""
+    config = {"network": dict(size="XXS", patch=4, image_size=8, channels=1, num_classes=0, second_time=True,
+                              reference_channels=1), "interpolant": "bridge", "prediction": "data",
+              "reference": "inpaint", "model": "SiT-XXS/4", "student": {"times": [0.8], "flow_map": "progressive"}}
+    grids = []
+    monkeypatch.setattr(sample, "follow_map", lambda problem, net, b, grid, *rest: grids.append(grid) or b.x_t)
+    for row in ("progressive", "lagrange"):
+        config["student"]["flow_map"] = row
+        sample.generate(build_model(config), config, None, 0, range(1), Sampler(4), np.zeros((1, 8, 8, 1), np.uint8))
+    np.testing.assert_allclose(grids[0], [0.8, 0.6, 0.4, 0.2, 0])
+    assert abs(float(grids[1][1]) - 0.6) > 0.05 and float(grids[1][0]) == pytest.approx(0.8)
+
+
 def test_the_target_is_without_gradient():
     problem, b = setting("linear", dtype=torch.float32)
     for name in ("lagrange", "shortcut"):
@@ -403,6 +418,7 @@ def test_pairs_keep_the_teachers_classes(script, small_teacher, tmp_path, classe
                   ("flow_map", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--out", tmp_path)):
         code, _, err = script(*words)
         assert code == 0, err
+    assert "learnt on pairs" in script("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny)[2]
     config = load_model(tmp_path / "teacher.pt")[1]
     assert config["network"]["num_classes"] == n
     assert (tuple(config["classes"]), config["class_counts"]) == (classes, [3, 0, 3]) if n else "classes" not in config

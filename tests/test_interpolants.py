@@ -161,7 +161,8 @@ def test_steps_are_intervals_and_begin_where_the_velocity_exists(row):
     for problem in (Problem(FAMILIES[row], prediction) for prediction in PREDICTIONS):
         grid = time_grid(problem, 7)
         assert len(grid) == 8 and grid[-1] == 0 and grid[0] in (1.0, 0.999)
-        assert bool(convert(problem, x, "velocity", Batch(t=grid[:1].expand(2), x_t=2 * x)).isfinite().all())
+        v = convert(problem, x, "velocity", Batch(t=grid[:1].expand(2), x_t=2 * x))
+        assert bool((v.abs() < 1e5).all())  # on gvp cos(pi/2) is not quite 0
 
 
 @pytest.mark.parametrize("row, prediction", [*((row, FAMILIES[row].predict) for row in ROWS), ("linear", "data"),

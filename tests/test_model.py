@@ -173,6 +173,7 @@ def test_guidance_scales():
         assert calls.pop() == rows and not calls  # one pass
     alone = shaken(num_classes=0)
     torch.testing.assert_close(guided(alone, 3.0)(x, t, y * 0), alone(x, t))  # nothing to guide with
+    torch.testing.assert_close(guided(net, 3.0)(x, t, None), unconditional)  # both are the null class
 
 
 def test_guidance_by_interval():

@@ -268,7 +268,11 @@ def test_caches_that_do_not_fit(run, refused, folder):
     shutil.copytree("images", "broken")
     pathlib.Path("broken/a/bad.png").write_bytes(b"nothing")
     cache = ("--cache_latents", "cache")
+    shutil.copytree("images", "edited")
+    image = sorted(pathlib.Path("edited").rglob("*.png"))[0]
+    image.write_bytes(image.read_bytes()[:-12] + b"0" * 12)  # of the same size, and it can be read
     for flags, says in (
+            ((*FOLDER, "--data", "edited", *cache), ("--cache_latents cache", "another contents")),
             ((*FOLDER, "--vae", "other.bin", *cache), ("--cache_latents cache", "another autoencoder")),
             ((*FOLDER, "--image_size", 8, *cache), ("--cache_latents cache", "another shape")),
             (("--data", "cache", "--vae", "other.bin"), ("--vae other.bin", "not the autoencoder")),

@@ -850,7 +850,9 @@ def checkpoints(tmp_path_factory, images, small_teacher):
         config = {"network": network, "model": "SiT-XXS/4", "interpolant": "linear", "prediction": "velocity"} | changes
         found[name] = folder / f"{name}.pt"
         save_checkpoint(found[name], {"config": config, "ema": build_model(config).state_dict()})
-    found["cut"] = folder / "cut.pt"
+    with np.load(images) as npz:
+        np.savez(folder / "bare.npz", images=npz["x_train"])
+    found["cut"], found["bare"] = folder / "cut.pt", folder / "bare.npz"
     found["cut"].write_bytes(small_teacher.read_bytes()[:100000])
     return found
 
@@ -902,7 +904,9 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--reuse_samples", "--reuse_samples: does nothing without --k_psi"), ("--gan_from 9", "without --gan_weight"),
         ("--kappa 2 --objective dmd", "--kappa 2.0: does nothing without --grad full"), ("--keep=-1", "--keep -1"),
         ("--flow_row euler", "without --flow_weight"), ("--cfg_interval 0 0.5", "--cfg_interval 0.0 0.5: does nothing"),
-        ("--flow_weight 1 --flow_row euler", "needs data"), ("--teacher_ckpt {unpaired} --flow_weight 1", "velocity"),
+        ("--flow_weight 1 --flow_row meanflow --cfg_scale 2 --data {images}", ("--cfg_scale 2", "no guidance")),
+        ("--gan_weight 1 --data {bare}", ("--data", "0 classes")), ("--flow_weight 1 --flow_row euler", "needs data"),
+        ("--teacher_ckpt {unpaired} --flow_weight 1", "velocity"),
         ("--out file/in", "--out file/in: cannot be written")]),
     "flow_map": ("--teacher_ckpt {teacher} --data {images} --device cpu --out run", [
         ("--teacher_ckpt {map}", "is a flow map"), ("--teacher_ckpt {student}", "is a student"), ("--mu 0", "above 0"),
@@ -910,6 +914,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--row shortcut --tangent jvp", ("--tangent jvp", "shortcut")), ("--lam half", ("--lam half", "random")),
         ("--row euler --first data", ("--first data", "--tangent jvp")), ("--row freeflow", ("--data", "data-free")),
         ("--grid 8", "without --row progressive"), ("--row shortcut --mu 0.2", "--mu 0.2: does nothing"),
+        ("--anchor 1 --cfg_scale 2", ("--cfg_scale 2", "--anchor")),
         ("--solver_steps 4", "a solver's leg"), ("--tangent_warmup 9", "without --tangent jvp"),
         ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.5 --t_max 0.4", "--t_min 0.5"),
         ("--teacher_ckpt {seen} --t_max 1", ("--t_max 1", "0.999")), ("--teacher_ckpt {unpaired}", "no velocity"),
