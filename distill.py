@@ -519,7 +519,7 @@ def main():
                 start = draw_start(problem, stream, G.net, upto, step, "student", k)
             fake = renoise(problem, start, stream.draw(step, "gap", k))
             trip = draw_flow(problem, row, flow_stream, step, k) if args.flow_weight else None
-            for rows in run.pieces(G):
+            for rows in run.pieces(G, held=[psi.net]):
                 if k > 0 or args.accum > 1:
                     x0 = problem.data(G.wrapped, start.rows(rows))
                 b = fake.rows(rows)._replace(x0=x0.detach().requires_grad_())

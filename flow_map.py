@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.autoencoder import decoder
 from common.data import Stream, open_data_of
 from common.files import checksum, load_checkpoint, save_checkpoint
-from common.images import save_curves, save_picture, stack_rows
+from common.images import save_curves, save_picture, send, stack_rows
 from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
                         one_of, put_in_training)
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
@@ -151,7 +151,7 @@ def map_weight(problem, t, ndim):
 def map_loss(problem, row, legs, net, trip):
     """The trajectory loss of net on these rows, (B,): w(t) |out - convert(X_tgt)|^2 / stopgrad(. + 1e-3)^power, with
     the teacher's prediction as X_tgt where r = t."""
-    b, stay = trip.b, trip.stay.nonzero()[:, 0]
+    b, stay = trip.b, send(trip.stay.nonzero()[:, 0], trip.b.t.device)
     out = problem.call(net, b)  # (B,C,H,W)
     X = convert(problem, out.detach().float(), "data", b)
     X_tgt = (tangent_target if row.tangent == "jvp" else trajectory_target)(problem, row, legs, trip, X)
@@ -223,7 +223,7 @@ def draw_trip(problem, row, stream, b, step, intervals=1):
         r = r.clamp_min(stream.times[0])
     lam = lam if row.lam == "random" else {"mu": row.mu, "1-mu": 1 - row.mu}.get(row.lam) or float(row.lam)
     s = t - lam * (t - r)
-    t, s, r, w = (v[stream.part].float().to(stream.device) for v in (t, s, r, leg_weight(problem, t, s, r)))
+    t, s, r, w = (send(v[stream.part].float(), stream.device) for v in (t, s, r, leg_weight(problem, t, s, r)))
     free = row.times in DATA_FREE
     b = start_at(problem, b, stream.times[1]) if free else problem.noised(b._replace(t=t))[0]
     return Trip(b._replace(r=r), s, w, stay[stream.part])
@@ -354,11 +354,11 @@ def main():
     net = build_from(mapped, teacher)
     mapped["student"] = {"times": [args.t_max], "t_init": args.t_max, "steps": 1, "cfg_scale": args.cfg_scale,
                          "cfg_interval": args.cfg_interval, "flow_map": args.row}
-    for one in (teacher, net):
+    average, before = frozen_copy(net), frozen_copy(net) if "before" in row else None
+    for one in filter(None, (teacher, net, average, before)):
         one.grad_checkpoint = args.grad_checkpoint
         if args.compile:
             one.compile()
-    average, before = frozen_copy(net), frozen_copy(net) if "before" in row else None
     X, step = put_in_training(net, torch.optim.Adam, args.lr, args, betas=(0.9, 0.99)), 0
     v_star = guided(teacher, args.cfg_scale, args.cfg_interval)
     if state:

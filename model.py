@@ -137,7 +137,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        # In float32: data are a noise prediction divided by alpha, off by 0.08 near t = 1 if bf16 rounds it.
+        # Forwards in float32: data are a noise prediction divided by alpha, off by 0.08 near t = 1 if bf16 rounds it.
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.adaLN_modulation(c).chunk(2, 1)
             return self.linear(modulate(self.norm_final(x), shift, scale))  # (B,T,D) -> (B,T,p*p*C)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.files import checksum, download, gunzip, locked, read_record, reading, write_record
 from common.images import (DEGRADATIONS, check_degradation, degrade, image_files, image_header, read_image, read_npz,
-                           resize_images, to_device)
+                           resize_images, send, to_device)
 from common.run import UserError, check_writable, draw_noise, generator, progress
 from interpolants import Batch
 
@@ -87,7 +87,7 @@ class Images(NamedTuple):
             x = to_device(rows, device)
             return torch.where(mirror[:, None, None, None], x.flip(3), x)
         noise = torch.randn((len(chosen), self.channels, self.side, self.side), generator=g, device=device)[part]
-        rows = torch.as_tensor(rows).to(device, non_blocking=True)
+        rows = send(torch.as_tensor(rows), device)
         rows = rows[torch.arange(len(mirror), device=device), mirror.long()]  # (b,2,c,h,w)
         mean, log_variance = rows.float().unbind(1)
         return LATENT_SCALE * (mean + (0.5 * log_variance).exp() * noise)
@@ -436,7 +436,7 @@ class Stream(NamedTuple):
         x1, z, u = draw_noise((self.batch, *self.shape), self.part, self.device, self.seed, *key)
         g = generator(self.seed, *key, "labels", device=self.device)
         if self.counts:
-            shares = torch.tensor(self.counts, dtype=torch.float32, device=self.device)
+            shares = send(torch.tensor(self.counts, dtype=torch.float32), self.device)
             y = torch.multinomial(shares, self.batch, replacement=True, generator=g)
         else:
             y = torch.randint(max(1, self.num_classes), (self.batch,), generator=g, device=self.device)
@@ -444,7 +444,7 @@ class Stream(NamedTuple):
 
     def labels(self, chosen):
         """Labels of real images, the null class where they have none."""
-        y = torch.from_numpy(self.data.labels[chosen]).to(self.device)
+        y = send(torch.from_numpy(self.data.labels[chosen]), self.device)
         return y if self.data.num_classes and self.num_classes else torch.full_like(y, self.num_classes)
 
     def references(self, chosen, key, part=slice(None)):

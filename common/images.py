@@ -148,12 +148,17 @@ def read_images(flag, path, side, channels):
 # ---------------------------------------------------------------------------------------------------------------------
 # Between uint8 and networks
 
+def send(x, device):
+    """A tensor of the host on the device, by way of pinned memory: other copies to a card wait for all of its work."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
 def to_device(images, device):
     """(B,H,W,C) uint8 array or tensor -> (B,C,H,W) float32 in [-1, 1] on the device; floats, (B,C,H,W), as they are."""
     x = images if torch.is_tensor(images) else torch.from_numpy(np.ascontiguousarray(images))
     if x.is_floating_point():
-        return x.to(device, non_blocking=True).float()
-    return x.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return send(x, device).float()
+    return send(x, device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(x):

@@ -274,6 +274,19 @@ def precision(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def frozen(net):
+    """The network's weights ask for no gradient within: nothing is kept for them or, compiled, computed."""
+    asked = [p for p in net.parameters() if p.requires_grad]
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+
+
 def learning_rate(step, lr, warmup, decay_from):
     """Linear warm-up, then constant, then from decay_from (0 = never) falling as 1 / sqrt(step). Never a function of
     --iters, so that a raised --iters goes on along the same path."""
@@ -450,6 +463,9 @@ class Run:
         self.rows = args.batch // self.world
         self.part = slice(self.rank * self.rows, (self.rank + 1) * self.rows)  # this process' rows of the whole batch
         self.sums, self.norms, self.skipped, self.failures, self.wandb = {}, [], 0, 0, None
+        if args.compile:  # one cache for all networks, with gradients and without, of a second time, of halves
+            from torch import _dynamo
+            _dynamo.config.recompile_limit = 64
         if from_first(self.out.is_dir()):  # a new folder is made and locked when there is something to write
             first_process(lambda: lock(self.out), self.rank)
 
@@ -548,15 +564,17 @@ class Run:
         except (ValueError, TypeError, KeyError, RecursionError):  # cut off by a crash, or nobody's
             return False
 
-    def pieces(self, *trained):
+    def pieces(self, *trained, held=()):
         """Slices of this process' rows, one backward pass each, in autocast; gradients are averaged over the processes
-        in the last piece's pass."""
+        in the last piece's pass. held: networks that pass gradients on meanwhile, and whose weights get none."""
         size = self.rows // self.args.accum
         for i in range(self.args.accum):
             with contextlib.ExitStack() as stack:
                 if i < self.args.accum - 1 and self.world > 1:
                     for one in trained:
                         stack.enter_context(one.wrapped.no_sync())
+                for net in held:
+                    stack.enter_context(frozen(net))
                 stack.enter_context(precision(self.device))
                 yield slice(i * size, (i + 1) * size)
 

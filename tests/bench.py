@@ -15,6 +15,7 @@ more when only the input does.
 import argparse
 import contextlib
 import copy
+import gc
 import io
 import json
 import os
@@ -49,7 +50,7 @@ from common.autoencoder import CHUNK, Autoencoder
 from common.data import draw_digits
 from common.files import save_checkpoint
 from common.images import degrade, to_device
-from common.run import peak_memory, precision, put_in_training, start_processes
+from common.run import frozen, peak_memory, precision, put_in_training, start_processes
 from interpolants import FAMILIES, Batch, Problem, Sampler, regression_loss, start_at
 from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, parse_name, round_weights
 from sample import generate
@@ -387,6 +388,8 @@ def scale(args):
     for model in args.models.split(","):
         def row(what, units, measure):
             if cuda:
+                torch._dynamo.reset()  # its cache is shared by all networks of the process
+                gc.collect()  # compiled ones are cycles
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             seconds, peak = measure()
@@ -482,7 +485,7 @@ def rehearse_distillation(how, objective):
     with how.precision():
         regression_loss(PROBLEM, psi, how.rows()._replace(x0=x0.detach())).mean().backward()
     how.step(psi)
-    with how.precision():
+    with how.precision(), frozen(psi):
         b, v_star = how.rows()._replace(x0=x0.detach().requires_grad_()), guided(teacher, how.cfg_scale)
         loss, _ = distill.student_loss(PROBLEM, distill.OBJECTIVES[objective], v_star, psi, b)
         x0.backward(torch.autograd.grad(loss.mean(), b.x0)[0])

@@ -1,6 +1,7 @@
 """Whole runs at tiny sizes: what they leave, go on from and survive, in one process and in several; what is refused."""
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import importlib
 import json
@@ -29,7 +30,7 @@ import sample
 import train_teacher
 from common.autoencoder import Autoencoder
 from common.files import load_checkpoint, save_checkpoint
-from common.run import Run, StopSignal, Trained, UserError, command, learning_rate, put_in_training
+from common.run import Run, StopSignal, Trained, UserError, command, frozen, learning_rate, put_in_training
 from conftest import ROOT, SMALL
 from interpolants import FAMILIES
 from model import SiT, build_model, load_model
@@ -757,6 +758,18 @@ def test_recomputed_blocks_give_the_same_gradients():
     for net.grad_checkpoint in (False, True):
         found.append(torch.autograd.grad(net(x, t, y).square().sum(), [p for p in net.parameters() if p.requires_grad]))
     torch.testing.assert_close(*found)
+
+
+def test_a_network_that_is_held_passes_gradients_on_and_keeps_nothing_for_its_weights():
+    net = SiT("XXS", 4, 8, 1, 2)
+    torch.nn.init.normal_(net.final_layer.linear.weight)
+    asked, found = [p.requires_grad for p in net.parameters()], []
+    for hold in (contextlib.nullcontext(), frozen(net)):
+        x, kept = torch.ones(2, 1, 8, 8, requires_grad=True), []
+        with hold, torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.nbytes) or v, lambda v: v):
+            found.append((torch.autograd.grad(net(x, torch.rand(2) * 0).square().sum(), x)[0], sum(kept)))
+    (one, much), (two, little) = found
+    assert torch.equal(one, two) and little < 0.8 * much and [p.requires_grad for p in net.parameters()] == asked
 
 
 def without_a_compiler():
