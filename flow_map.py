@@ -320,7 +320,10 @@ def main():
         ("cfg_interval", "--cfg_scale", args.cfg_scale != 1), ("mu", "--lam mu or 1-mu", "mu" in row.lam),
         ("solver_steps", "a solver's leg (--row ctm, direct)", "solver" in legs),
         ("grid", "--row progressive", "before" in legs), ("stage_iters", "--row progressive", "before" in legs),
-        ("tangent_warmup", "--tangent jvp", row.tangent == "jvp")))
+        ("tangent_warmup", "--tangent jvp", row.tangent == "jvp"), ("second", "--lam below 1", row.lam != "1"),
+        ("borders", "--times triangle, start or end", row.times in ("triangle", "start", "end")),
+        ("t_min", "times below --t_max (--times triangle, end or lognormal)", row.times in (
+            "triangle", "end", "lognormal") or row.tangent == "jvp")))
     run = Run(args, defaults, "flow_map")
     device = run.device
     check_tangent(row, device)
@@ -413,7 +416,8 @@ def main():
         step += 1
         ema_update(average, net, args.ema, step)
         run.report(step, save, picture)
-    run.say(f"wrote {run.out / 'flow_map.pt'}")
+    if step > run.first:
+        run.say(f"wrote {run.out / 'flow_map.pt'}")
 
 
 def draw_picture(path, flow_map, teacher, stream, decode, panels):

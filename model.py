@@ -373,7 +373,8 @@ def read_released(state, path):
     steps of the linear schedule, beta from 1e-4 to 0.02; each step is served at the time where the vp row has the same
     abar. Predicted variances are dropped."""
     name = pathlib.Path(path).name
-    kind = "DiT" if "dit" in name.lower() else "SiT" if "sit" in name.lower() else None
+    named = set(re.findall(r"(?<![a-z])[ds]it(?![a-z])", name.lower()))
+    kind = {"dit": "DiT", "sit": "SiT"}[named.pop()] if len(named) == 1 else None
     if kind is None:
         raise UserError(f"{path}: released weights of SiT and DiT look alike; name the file after the one it is, such "
                         "as SiT-XL-2-256x256.pt")

@@ -310,7 +310,7 @@ def read_starts(args, net, config):
     if n > len(x1):
         raise UserError(f"--n {n}: --reference {args.reference} has {len(x1)} images")
     x1, truth = x1[:n], None if truth is None else truth[:n]
-    if labels is None or net.num_classes == 0:  # the null class, unless --labels says otherwise
+    if labels is None or net.num_classes == 0 or args.labels != "balanced":  # --labels goes before the file's own
         labels = (np.full(n, net.num_classes) if args.labels == "balanced" else
                   choose_labels(args.labels, n, config, args.seed))
     else:
@@ -452,14 +452,15 @@ def main():
     elif out.suffix.lower() == ".npz":
         more = {} if not args.pairs else {"interpolant": config["interpolant"], "noise": first_noise(
             net, config, args.seed, range(n)).half().numpy(), "classes": np.array(config.get("classes") or ())}
-        if not args.pairs or net.num_classes:
+        if net.num_classes and (labels < net.num_classes).all():  # the null class is nobody's label
             more["arr_1"] = labels
         save_file(out, lambda f: np.savez(f, arr_0=images, **more))
     elif x1 is None:
         save_picture(out, square_grid(images))
     else:  # rows of what went in, what came out and, where it is known, the truth
         save_picture(out, stack_rows([row[:20] for row in (x1, images, truth) if row is not None], 840))
-    print(f"wrote {n} images to {out} in {time.time() - began:.1f} s")
+    shown = f"20 of {n}" if x1 is not None and out.suffix.lower() == ".png" and n > 20 else n
+    print(f"wrote {shown} images to {out} in {time.time() - began:.1f} s")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ def check_flags(args, defaults):
         raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --image_size, --vae, "
                         "--unconditional, --flip and bridges out")
     args.data = args.pairs or args.data
+    if args.cache_latents and args.skip_broken:
+        raise UserError("--skip_broken: --cache_latents encodes every image; mend or move broken ones, leave it out")
     if args.cache_latents and not (args.vae and args.image_size):
         raise UserError(f"--cache_latents {args.cache_latents}: needs --vae and --image_size, the side in pixels")
     if args.image_size and not args.vae and args.image_size % patch:
@@ -215,7 +217,8 @@ def main():
         step += 1
         ema_update(ema, net, args.ema, step)
         run.report(step, save, picture)
-    run.say(f"wrote {run.out / 'teacher.pt'}")
+    if step > run.first:
+        run.say(f"wrote {run.out / 'teacher.pt'}")
 
 
 def draw_picture(path, net, config, stream, autoencoder):

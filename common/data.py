@@ -67,7 +67,8 @@ class Images(NamedTuple):
         text = f"{len(self.images)} images {self.side}x{self.side}x{self.channels}"
         if not self.classes:
             return text + ", no classes"
-        names, counts = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10), np.bincount(self.labels)
+        names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
+        counts = np.bincount(self.labels, minlength=len(self.classes))
         uneven = f"; {counts.min()} to {counts.max()} images each" if counts.min() < counts.max() else ""
         return text + f", {len(self.classes)} classes ({names}{uneven})"
 

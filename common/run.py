@@ -465,7 +465,8 @@ class Run:
         self.sums, self.norms, self.skipped, self.failures, self.wandb = {}, [], 0, 0, None
         if args.compile:  # one cache for all networks, with gradients and without, of a second time, of halves
             from torch import _dynamo
-            _dynamo.config.recompile_limit = 64
+            limits = ("recompile_limit", "cache_size_limit")  # the latter in torch 2.6
+            setattr(_dynamo.config, next(name for name in limits if hasattr(_dynamo.config, name)), 64)
         if from_first(self.out.is_dir()):  # a new folder is made and locked when there is something to write
             first_process(lambda: lock(self.out), self.rank)
 
@@ -481,19 +482,23 @@ class Run:
         UserError when a flag differs that would mix two runs into one; one that the checkpoint does not know had its
         default. needs: the keys that such a checkpoint must have."""
         args, path, found = self.args, self.out / name, (self.out / name).exists()
-        restarted = from_first(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")  # no longer afresh
+        restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        if dist.is_initialized():  # machines do not count alike
+            dist.all_reduce(restarts, dist.ReduceOp.MAX)
         if found != from_first(found):
             problem = UserError(f"--out {args.out}: {path} is {'' if found else 'not '}there, otherwise than for the "
                                 "first process: give a folder that all machines share")
             problem.everywhere = False
             raise problem
-        if (args.fresh and not restarted) or not found:
+        if args.fresh and not restarts or not found:
             return None
         state = load(path)
         if not ({"flags", "step", *needs} <= state.keys() and isinstance(state["flags"], dict)
                 and isinstance(state["step"], int)):
             raise UserError(f"--out {args.out}: {path} holds no such run; choose another --out, or start over with "
                             "--fresh")
+        if args.fresh and not state["flags"].get("fresh"):
+            return None  # that of the run before: the first attempt did not come to put it aside
         changed = {flag: (getattr(args, flag, None), was) for flag, was in {**self.defaults, **state["flags"]}.items()
                    if flag not in FREE_FLAGS and getattr(args, flag, None) != was}
         mixed = [f"--{flag} {now}: {path} was made with --{flag} {str(was)[:200]}"
@@ -522,9 +527,9 @@ class Run:
         if self.rank > 0:
             return
         lock(self.out)
+        self.wandb = open_wandb(self.args, f"{self.out.resolve().name} {self.job}")
         if self.args.fresh and step == 0:
             self.put_aside()
-        self.wandb = open_wandb(self.args, f"{self.out.resolve().name} {self.job}")
         with writing(self.log):
             (self.out / f"{self.job}.json").write_text(json.dumps(vars(self.args), indent=1) + "\n")
             if self.log.exists():  # lines after the checkpoint are about to be written again
@@ -653,11 +658,11 @@ class Run:
             self.say(f"compiled, and ran once, in {minutes(time.time() - self.began)}")
             self.compiling, self.first, self.last_step = False, step, step
             self.began = self.last_time = time.time()
-        if step == self.first + 3 and not last and args.sample_every:
+        if step == self.first + 3 and not last and args.sample_every > 3:
             due = min(args.iters, step + args.sample_every - step % args.sample_every)
             self.say(f"the first picture comes at iteration {due}, in about "
                      f"{minutes((time.time() - self.began) / 3 * (due - step))}")
-        if step % args.log_every == 0 or last:
+        if step % args.log_every == 0 and step > self.first or last:
             self.line(step, **facts())
         if args.sample_every and (step % args.sample_every == 0 or last):
             keep(lambda: self.draw(picture, step), 0, False)

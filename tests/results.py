@@ -222,8 +222,9 @@ class Runner:
 
     def train(self, stage, seed, before):
         """-> the stage's folder; its done.json holds what it cost."""
-        flags = stage.flags.format(*before, **self.names)
-        key = hashlib.sha256(repr((stage, seed, *map(str, before))).encode()).hexdigest()[:12]
+        flags = [word.format(*before, **self.names) for word in stage.flags.split()]
+        scaled = [self.args.scale] * (self.args.scale != 1)
+        key = hashlib.sha256(repr((stage, seed, *map(str, before), *scaled)).encode()).hexdigest()[:12]
         folder = self.out / f"{stage.script}_{key}"
         with self.guard:
             lock = self.locks.setdefault(key, threading.Lock())
@@ -231,10 +232,11 @@ class Runner:
             if not (folder / "done.json").exists():
                 folder.mkdir(exist_ok=True)
                 job = stage.script.replace("train_", "")
-                (folder / f"{job}.json").unlink(missing_ok=True)
+                for old in (f"{job}.json", "out.txt"):
+                    (folder / old).unlink(missing_ok=True)
                 budget = stage.seconds and stage.seconds * self.args.scale
                 iters = stage.iters if budget else max(1, round(stage.iters * self.args.scale))
-                words = [f"{stage.script}.py", *flags.split(), "--seed", str(seed), "--iters", str(iters),
+                words = [f"{stage.script}.py", *flags, "--seed", str(seed), "--iters", str(iters),
                          "--sample_every", "0", "--save_every", str(iters), "--fresh", "--device", "cpu", "--out",
                          str(folder)]
                 began = time.time()
@@ -263,7 +265,7 @@ class Runner:
             if flags is not None:
                 words = ["sample.py", "--ckpt", str(folders[-1] / WRITES[row.stages[-1].script]), "--n",
                          str(max(50, round(row.n * min(1, self.args.scale)))), "--seed", "1", "--batch", "50",
-                         "--device", "cpu", *flags.format(**self.names).split()]
+                         "--device", "cpu", *(word.format(**self.names) for word in flags.split())]
                 call([*words, "--out", str(files[-1])], log)
                 call([*words, "--n", "40", "--out", str(files[-1].with_suffix(".png"))], log)
         found = place / "score.json"
@@ -430,6 +432,8 @@ def main():
                 print(f"wrote {save_picture(ROOT / 'assets' / name, picture)}")
     elif not pathlib.Path(args.data).is_file():
         raise UserError(f"--data {args.data}: no such file")
+    elif args.scale != 1 and args.records == RECORDS:
+        raise UserError(f"--scale {args.scale:g}: is no result; give another folder as --records")
     else:
         run(args, rows)
 

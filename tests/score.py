@@ -83,8 +83,9 @@ def main():
     args = parser.parse_args()
     samples = [read_npz(path, "SAMPLES") for path in args.samples]
     for path, (images, _) in zip(args.samples, samples):
-        if images.shape[1:3] != (28, 28):
-            raise UserError(f"SAMPLES {path}: images of {images.shape[1:3]}, expected 28x28")
+        if images.shape[1:3] != (28, 28) or len(images) < 4:
+            raise UserError(f"SAMPLES {path}: {len(images)} images of {images.shape[1:3]}, expected at least 4 of "
+                            "28x28")
     found = score(samples, load_images(args.data, args.data_dir).images)
     for path, numbers in zip(args.samples, found):
         print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) + f"  {path}" * (len(found) > 1))

@@ -102,7 +102,7 @@ def test_released_dit():
 
 
 @pytest.mark.parametrize("name, wrap, says", [
-    ("weights.pt", dict, "name the file"),
+    *((name, dict, "name the file") for name in ("weights.pt", "conditional.pt", "SiT-or-DiT.pt")),
     ("SiT-b.pt", lambda s: {k: v for k, v in s.items() if k != "blocks.1.attn.qkv.bias"}, "blocks.1.attn.qkv.bias"),
     ("SiT-c.pt", lambda s: {**s, "blocks.9.attn.qkv.bias": torch.zeros(3)}, "10 blocks of width 64")])
 def test_released_files_that_are_not(refused, name, wrap, says):

@@ -239,8 +239,10 @@ def test_teachers_that_name_no_classes_are_pictured(runs, images, small_teacher,
 
 def test_wandb_is_asked_for_where_it_is_missing(refused, images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    flags = ("--data", images, *SMALL, "--wandb", "p", "--out", tmp_path)
+    (tmp_path / "teacher.pt").write_bytes(b"of a run before")
+    flags = ("--data", images, *SMALL, "--fresh", "--wandb", "p", "--out", tmp_path)
     refused("train_teacher", *flags, says=("--wandb p", "pip install"))
+    assert (tmp_path / "teacher.pt").exists()
 
 
 def test_wandb_gets_the_log_and_the_pictures(runs, images, tmp_path, monkeypatch):
@@ -276,7 +278,7 @@ def test_a_run_and_its_samples_in_the_precision_of_a_card(runs, flags, images, t
     assert made == {torch.float32} and seen == [torch.bfloat16]
 
 
-def test_a_log_line_is_never_there_twice(runs, flags, tmp_path):
+def test_a_log_line_is_never_there_twice(runs, flags, tmp_path, monkeypatch):
     """Iterations after the last checkpoint run again after a crash; --fresh runs all of them again."""
     flags = (*flags["train_teacher"], "--out", tmp_path, "--iters")
     runs("train_teacher", *flags, 2)
@@ -284,6 +286,10 @@ def test_a_log_line_is_never_there_twice(runs, flags, tmp_path):
         f.write('{"job": "teacher", "step": 3, "loss": 0}\n{"job": "distill", "step": 9}\n{"job": "tea')
     runs("train_teacher", *flags, 3)
     assert [line["step"] for line in log(tmp_path, "teacher")] == [1, 2, 3] and len(log(tmp_path, "distill")) == 1
+    with monkeypatch.context() as patch:  # a restart, whose first attempt died early: not of the run before
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert "going on" not in runs("train_teacher", *flags, 1, "--fresh")
+        assert "going on" in runs("train_teacher", *flags, 1, "--fresh")
     runs("train_teacher", *flags, 1, "--fresh")
     assert [line["step"] for line in log(tmp_path, "teacher")] == [1]
 
@@ -900,8 +906,9 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--data imagenet", "--data imagenet: no such data set"), ("--interpolant bridge", "--reference"),
         ("--antithetic", "without --interpolant bridge"), ("--gamma_scale 2", "--gamma_scale 2.0: does nothing"),
         ("--interpolant bridge --reference noise --antithetic --batch 5", ("--batch 5", "4 does")),
-        ("--cache_latents x", ("--vae", "--image_size")), ("--pairs {images}", ("--pairs", "holds no noise")),
-        ("--pairs none.npz", "none.npz"), ("--pairs {images} --image_size 8", "--pairs")]),
+        ("--cache_latents x --skip_broken", "--skip_broken"), ("--cache_latents x", ("--vae", "--image_size")),
+        ("--pairs {images}", ("--pairs", "holds no noise")), ("--pairs none.npz", "none.npz"),
+        ("--pairs {images} --image_size 8", "--pairs")]),
     "distill": ("--teacher_ckpt {teacher} --device cpu --out run", [
         ("--objective fgm", ("--objective fgm", "gap, cross, sid, dmd")), ("--grad half", "full, stop"),
         ("--units noise", "velocity, data"), ("--weight l2", "uniform, l1"), ("--kappa x", "--kappa x: must be a num"),
@@ -928,6 +935,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--row euler --first data", ("--first data", "--tangent jvp")), ("--row freeflow", ("--data", "data-free")),
         ("--grid 8", "without --row progressive"), ("--row shortcut --mu 0.2", "--mu 0.2: does nothing"),
         ("--anchor 1 --cfg_scale 2", ("--cfg_scale 2", "--anchor")),
+        ("--row progressive --borders 0.5", "--borders 0.5: does"), ("--row progressive --t_min 0.1", "--t_min 0.1"),
+        ("--row shortcut --lam 1 --second teacher", "--second teacher: does nothing"),
         ("--solver_steps 4", "a solver's leg"), ("--tangent_warmup 9", "without --tangent jvp"),
         ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.5 --t_max 0.4", "--t_min 0.5"),
         ("--teacher_ckpt {seen} --t_max 1", ("--t_max 1", "0.999")), ("--teacher_ckpt {unpaired}", "no velocity"),
