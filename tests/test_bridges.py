@@ -271,6 +271,7 @@ def test_four_iterations_equal_two_and_two_and_one_process_two(run, trained, tmp
 
 
 @unix
+@pytest.mark.slow
 def test_two_processes_train_the_same_bridge_from_a_folder(run, folder, tmp_path):
     """Decoded by the first process, found by the second."""
     flags = ("--data", folder / "rgb.npz", *SMALL[:2], *FEW, "--interpolant", "bridge", "--reference", folder / "in")
