@@ -367,15 +367,19 @@ def write(records, page):
 
 
 def draw_seconds(records):
-    """Score against seconds of training of what was run with several budgets, the ten best -> a picture or None."""
-    curves = {}
+    """Score against seconds of training of what was run with several budgets, the ten best, each by the seeds that all
+    of its budgets have -> a picture or None."""
+    curves = {}  # name -> seconds -> seed -> score
     for r in records:
         name, _, budget = r["row"].rpartition(", ")
-        seconds = round(sum(stage["cpu_seconds"] for stage in r["stages"][1:]), -1)
         for label, score in r["scores"].items() if budget.endswith(" s") else ():
-            curves.setdefault(f"{name} ({label})", {}).setdefault(seconds, []).append(score["frechet"])
-    lines = {name: tuple(zip(*sorted((s, statistics.mean(v)) for s, v in points.items())))
-             for name, points in curves.items() if len(points) > 1}
+            curve = curves.setdefault(f"{name} ({label})", {})
+            curve.setdefault(int(budget[:-2]), {})[r["seed"]] = score["frechet"]
+    lines = {}
+    for name, curve in curves.items():
+        seeds = set.intersection(*map(set, curve.values()))  # those of every length, or lines compare teachers
+        if len(curve) > 1 and seeds:
+            lines[name] = tuple(zip(*sorted((s, statistics.mean(v[seed] for seed in seeds)) for s, v in curve.items())))
     best = sorted(lines, key=lambda name: min(lines[name][1]))[:10]
     return draw_curves({name: lines[name] for name in best}, "seconds of training, one core", "score") if best else None
 
