@@ -36,8 +36,8 @@ from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images
 from common.files import check_archive, download, file_sha256, load_checkpoint, reading, save_file
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image
-from common.run import (Parser, UserError, check_writable, code_commit, command, first_process, from_first, in_turn,
-                        number, one_of, progress, start_processes)
+from common.run import (Parser, UserError, alone, check_writable, code_commit, command, first_process, from_first,
+                        in_turn, number, one_of, progress, start_processes)
 from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named, uneven_counts
 
 # What one pass must collect for a metric, and from how many images at least.
@@ -396,11 +396,8 @@ def measure(source, needs, ruler, batch, rank=0, world=1):
     whole, kept = sorted(needs - moments.keys()), []
     tell = progress(say if rank == 0 else lambda text: None, f"{source.name}: images")
     for start in range(rank * batch, source.n, world * batch):
-        try:
+        with alone():
             images = source.read(range(start, min(start + batch, source.n)))  # a card still measures those before
-        except UserError as error:
-            error.everywhere = False  # the other processes do not know of it
-            raise
         hashes = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images]
         alike = len({image.shape for image in images}) == 1
         groups = (torch.from_numpy(np.stack(group)).to(ruler.device).permute(0, 3, 1, 2)

@@ -22,8 +22,8 @@ from common.autoencoder import decoder
 from common.files import reading, save_file, save_safetensors
 from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, read_images, save_picture, side_by_side,
                            square_grid, stack_rows, to_device, to_uint8)
-from common.run import (Parser, UserError, check_idle, check_writable, command, generator, number, one_of, precision,
-                        progress, start_processes, writing)
+from common.run import (Parser, UserError, alone, check_idle, check_writable, command, generator, number, one_of,
+                        precision, progress, start_processes, writing)
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, follow_map,
                           solve, start_at, student_input, time_grid)
 from model import guided, load_model
@@ -310,9 +310,10 @@ def read_starts(args, net, config):
     if n > len(x1):
         raise UserError(f"--n {n}: --reference {args.reference} has {len(x1)} images")
     x1, truth = x1[:n], None if truth is None else truth[:n]
-    if labels is None or net.num_classes == 0 or args.labels != "balanced":  # --labels goes before the file's own
-        labels = (np.full(n, net.num_classes) if args.labels == "balanced" else
-                  choose_labels(args.labels, n, config, args.seed))
+    if args.labels != "balanced":  # goes before the file's own
+        labels = choose_labels(args.labels, n, config, args.seed)
+    elif labels is None or net.num_classes == 0:  # the null class
+        labels = np.full(n, net.num_classes)
     else:
         labels = find_classes(f"--reference {args.reference}", labels, config)
     return Starts(labels[:n].astype(np.int64), degrade(kind, truth, args.seed) if args.degrade else x1, truth)
@@ -331,9 +332,9 @@ def compare(args, device):
     if config.get("reference") != student_config.get("reference"):
         raise UserError("--compare TEACHER STUDENT: the two differ in their reference")
     if args.cfg_scale is None:
-        args.cfg_scale, interval = (student_config["student"].get(key) for key in ("cfg_scale", "cfg_interval"))
-        if interval and args.cfg_interval == [0.0, 1.0]:
-            args.cfg_interval = interval
+        args.cfg_scale = student_config["student"]["cfg_scale"]
+        if args.cfg_interval == [0.0, 1.0]:
+            args.cfg_interval = student_config["student"].get("cfg_interval", [0.0, 1.0])
     sampler, times = choose_sampler(args, teacher, config, args.compare[0]), student_times(student_config)
     starts, decode = read_starts(args, teacher, config), decoder(args.vae, config, device)
     n, panels, captions, made = len(starts.labels), [], [], []
@@ -428,13 +429,9 @@ def main():
             mine = generate(net, config, labels[rows], args.seed, range(rows.start, rows.stop), sampler,
                             None if x1 is None else x1[rows], decode)
             if folder:
-                try:
-                    with writing(out):
-                        for i, image in enumerate(mine, rows.start):
-                            as_pillow(image).save(out / f"{i:06d}.png")
-                except UserError as error:
-                    error.everywhere = False
-                    raise
+                with alone(), writing(out):
+                    for i, image in enumerate(mine, rows.start):
+                        as_pillow(image).save(out / f"{i:06d}.png")
         parts = [mine]
         if world > 1:
             parts = [None] * world if rank == 0 else None

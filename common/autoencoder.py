@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from common.data import LATENT_SCALE, list_folder, load_images, read_latents
 from common.files import file_sha256, load_checkpoint, read_record, reading, write_record
 from common.images import read_image, to_device
-from common.run import UserError, check_writable, first_process, progress, wait_for_all
+from common.run import UserError, alone, check_writable, first_process, progress, wait_for_all
 from model import build_checked
 
 
@@ -206,11 +206,8 @@ def cache_latents(args, autoencoder, sha256, run):
         contents = "".join(file_sha256(files[i]) for i in some)
 
         def read(i):
-            try:
+            with alone():
                 return read_image(f"--data {data}", files[i], size)
-            except UserError as error:
-                error.everywhere = False
-                raise
     else:
         images, labels, classes, *_ = load_images(data, args.data_dir, size, say=run.say)
         if images.shape[3] not in (1, 3):

@@ -181,13 +181,12 @@ def list_folder(folder):
 
 def first_side(folder, files, skip_broken):
     """The shorter side of the first image that can be read."""
-    for file in files:
+    for file in files if skip_broken else files[:1]:
         try:
             return min(read_image(f"--data {folder}", file).shape[:2])
         except UserError as error:
-            if not skip_broken:
-                raise UserError(f"{error}; mend or delete it, or add --skip_broken") from None
-    raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
+            problem = error
+    raise problem
 
 
 def read_folder(folder, size, data_dir, skip_broken=False, say=print):
@@ -211,22 +210,22 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
         headers = [image_header(file) for file in files]  # (width, height, grey)
         channels = 1 if all(grey for _, _, grey in headers) else 3
         images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), size, size, channels))
+        problem = None
         for i, file in enumerate(files):
             try:
                 images[len(kept)] = read_image(f"--data {folder}", file, size)[..., :channels]
                 kept.append(int(labels[i]) if classes else 0)
             except UserError as error:
                 if not skip_broken:
-                    images = None  # closed: Windows takes no file away that is open
-                    part.unlink()
-                    raise UserError(f"{error}; mend or delete it, or add --skip_broken") from None
+                    problem = f"{error}; mend or delete it, or add --skip_broken"
+                    break
                 say(f"skipped {error}")
             tell(i + 1, len(files))
-        if not kept:
-            images = None
+        images.flush()
+        del images  # closed: Windows moves and deletes no file that is open
+        if problem or not kept:
             part.unlink()
-            raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
-        images = images.flush()  # and closed
+            raise UserError(problem or f"--data {folder}: none of its {len(files)} images can be read")
         cropped, resized = (sum(test(*h) for h in headers) for test in (
             lambda width, height, _: width != height, lambda width, height, _: min(width, height) != size))
         record = {"labels": kept, "classes": classes, "source": str(folder), "changed":
@@ -277,7 +276,7 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
             images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
     elif path.is_file() and path.suffix == ".npz":
         images, labels = read_npz(path, say=say)
-        names = read_names(path)
+        names = read_names(f"--data {path}", path)
     else:
         raise UserError(f"--data {data}: no such data set, .npz file or folder (data sets: {', '.join(DATA_SETS)})")
     size = image_size or min(images.shape[1:3])
@@ -348,9 +347,9 @@ def load_reference(name, images, data_dir, say=print):
     return Reference(kind, x1)
 
 
-def read_names(path):
+def read_names(label, path):
     """Names of the classes that sample.py --pairs keeps beside its images; None of other files."""
-    with np.load(path, allow_pickle=False) as npz:
+    with reading(label), np.load(path, allow_pickle=False) as npz:
         return npz["classes"].tolist() or None if {"noise", "classes"} <= set(npz.files) else None
 
 
@@ -363,7 +362,7 @@ def load_pairs(path, interpolant):
         if not {"noise", "interpolant"} <= set(npz.files):
             raise UserError(f"{label}: holds no noise beside its images; make it with sample.py --pairs")
         noise, made_on = npz["noise"], str(npz["interpolant"])
-    names = read_names(path)
+    names = read_names(label, path)
     if made_on != interpolant:
         raise UserError(f"{label}: was made on the {made_on:.20} path; add --interpolant {made_on:.20}, or make it "
                         "anew")

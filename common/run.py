@@ -32,6 +32,16 @@ class UserError(Exception):
     everywhere = True
 
 
+@contextlib.contextmanager
+def alone():
+    """A UserError within is met by this process alone, which prints it."""
+    try:
+        yield
+    except UserError as error:
+        error.everywhere = False
+        raise
+
+
 class CannotWrite(UserError, OSError):
     """A full disk or a folder that is read-only."""
 
@@ -486,10 +496,9 @@ class Run:
         if dist.is_initialized():  # machines do not count alike
             dist.all_reduce(restarts, dist.ReduceOp.MAX)
         if found != from_first(found):
-            problem = UserError(f"--out {args.out}: {path} is {'' if found else 'not '}there, otherwise than for the "
+            with alone():
+                raise UserError(f"--out {args.out}: {path} is {'' if found else 'not '}there, otherwise than for the "
                                 "first process: give a folder that all machines share")
-            problem.everywhere = False
-            raise problem
         if args.fresh and not restarts or not found:
             return None
         state = load(path)

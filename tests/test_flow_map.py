@@ -1,4 +1,5 @@
 """Flow maps: the two legs in closed form on a mixture in the plane, and what flow_map.py learns."""
+import contextlib
 import copy
 
 import numpy as np
@@ -10,7 +11,8 @@ import sample
 from common.data import Stream
 from common.files import load_checkpoint, save_checkpoint
 from common.images import to_device, to_uint8
-from flow_map import (ROWS, Legs, Trip, draw_trip, make_legs, map_loss, solve_leg, tangent_target,
+from common.run import UserError
+from flow_map import (ROWS, Legs, Trip, check_tangent, draw_trip, make_legs, map_loss, solve_leg, tangent_target,
                       trajectory_target)
 from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, follow_map, leg_weight, loss_weight,
                           regression_loss, solve, start_at, student_input, time_of_noise_ratio)
@@ -297,6 +299,12 @@ def test_a_map_of_discrete_times_is_sampled_at_them(monkeypatch):
         sample.generate(build_model(config), config, None, 0, range(1), Sampler(4), np.zeros((1, 8, 8, 1), np.uint8))
     np.testing.assert_allclose(grids[0], [0.8, 0.6, 0.4, 0.2, 0])
     assert abs(float(grids[1][1]) - 0.6) > 0.05 and float(grids[1][0]) == pytest.approx(0.8)
+
+
+def test_a_derivative_wants_float64():
+    for name in ROWS:
+        with pytest.raises(UserError, match="--device cpu") if name == "meanflow" else contextlib.nullcontext():
+            check_tangent(ROWS[name], torch.device("mps"))
 
 
 def test_the_target_is_without_gradient():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import results
+from common.run import UserError
 from conftest import ROOT
 from results import (WRITES, Runner, call, draw_seconds, draw_sheet, make_rows, place_of, read_records, record_path,
                      summary, table, write)
@@ -64,13 +65,20 @@ def test_the_pages_hold_the_records_numbers(page):
     assert write(read_records(results.RECORDS), text) == text
 
 
+def test_what_is_tried_out_is_no_result(tmp_path, monkeypatch):
+    (tmp_path / "m.npz").touch()
+    monkeypatch.setattr("sys.argv", ["results.py", "sid", "--data", str(tmp_path / "m.npz"), "--scale", "0.1"])
+    with pytest.raises(UserError, match="--scale 0.1: is no result"):
+        results.main()
+
+
 @pytest.mark.slow
 def test_rows_run_once_and_go_on(script, tmp_path, monkeypatch):
     """The second row finds the teacher of the first. In this process, of two iterations each."""
     rng, calls = np.random.default_rng(0), []
     x, y = rng.integers(0, 256, (300, 28, 28)).astype(np.uint8), np.arange(300) % 10
-    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[:60], y_test=y[:60])
-    args = argparse.Namespace(data=tmp_path / "mnist.npz", out=tmp_path / "o", records=tmp_path / "r", scale=1e-3)
+    np.savez(tmp_path / "the mnist.npz", x_train=x, y_train=y, x_test=x[:60], y_test=y[:60])
+    args = argparse.Namespace(data=tmp_path / "the mnist.npz", out=tmp_path / "o", records=tmp_path / "r", scale=1e-3)
 
     def call(words, log, *budget):
         calls.append(words[0])
