@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from common.autoencoder import decoder
-from common.data import Stream, open_data_of
-from common.files import checksum, load_checkpoint, save_checkpoint
+from common.data import Stream, open_for
+from common.files import load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, stack_rows, to_uint8
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
                         number, one_of, precision, put_in_training)
@@ -401,6 +401,25 @@ def open_teacher(args, device):
     return teacher, config, problem, start
 
 
+def configure(args, config, start):
+    """The teacher's configuration -> the student's, which starts from `start`."""
+    times = [args.t_init * (args.student_steps - i) / args.student_steps for i in range(args.student_steps)]
+    config = {**config, "student": {"times": times, "steps": args.student_steps, **{key: getattr(args, key) for key in (
+        "t_init", "cfg_scale", "cfg_interval", "objective", "kappa", "grad", "weight", "units")}}}
+    if start or args.flow_weight:  # the student is a flow map
+        config["network"] = {**config["network"], "second_time": True}
+        config["student"]["flow_map"] = args.flow_row if args.flow_weight else start[1]["student"]["flow_map"]
+    return config
+
+
+def draw_picture(path, rows, decode, config, labels):
+    """What Watched.rows has shown -> path."""
+    images = [to_uint8(decode(x) if decode else x) for x in rows]
+    captions = ["from"] * (len(rows) - 3) + ["student", "teacher of it", "critic of it"]
+    columns = () if config.get("reference") else column_names(config, labels[:10])
+    return save_picture(path, stack_rows(images, 640, captions, columns))
+
+
 def main():
     args, defaults = parse_flags()
     run = Run(args, defaults, "distill")
@@ -410,17 +429,10 @@ def main():
     teacher, config, problem, start = open_teacher(args, device)
     state = run.resume("resume.pt", lambda path: load_checkpoint(path, mapped=True),
                        ("student", "critic", "averages", "optimizers", "teacher"))
-    data, reference = open_data_of(args, run, config)
-    made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint()}
-    for flag, key in (("teacher_ckpt", "teacher"), ("data", "data")):
-        run.check_same(flag, made_with[key], state and state.get(key))
+    data, reference, made_with = open_for(teacher, args, run, config, state)
     decode = decoder(args.vae, config, device, needed=False)
-    times = [args.t_init * (args.student_steps - i) / args.student_steps for i in range(args.student_steps)]
-    config = {**config, "student": {"times": times, "steps": args.student_steps, **{key: getattr(args, key) for key in (
-        "t_init", "cfg_scale", "cfg_interval", "objective", "kappa", "grad", "weight", "units")}}}
-    if start or args.flow_weight:  # the student is a flow map
-        config["network"] = {**config["network"], "second_time": True}
-        config["student"]["flow_map"] = args.flow_row if args.flow_weight else start[1]["student"]["flow_map"]
+    config = configure(args, config, start)
+    times = config["student"]["times"]
     critic_gan_weight = args.gan_weight if args.gan_critic_weight is None else args.gan_critic_weight
     objective = Objective(args.kappa, args.grad, args.weight, args.units, args.real_alpha, args.real_beta)
 
@@ -462,13 +474,10 @@ def main():
 
     def picture(step):
         if run.rank == 0:
+            save_curves(run.out)
             with precision(device):
                 rows = watched.rows(averages[0], v_star, v_psi)
-            rows = [to_uint8(decode(x) if decode else x) for x in rows]
-            captions = ["from"] * (len(rows) - 3) + ["student", "teacher of it", "critic of it"]
-            columns = () if reference else column_names(config, watched.b.y[:10])
-            save_curves(run.out)
-            return save_picture(run.out / f"distill_{step:07d}.png", stack_rows(rows, 640, captions, columns))
+            return draw_picture(run.out / f"distill_{step:07d}.png", rows, decode, config, watched.b.y)
 
     known = {"spread_data": stream.data_spread()} if data else {}
 

@@ -16,8 +16,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.autoencoder import decoder
-from common.data import Stream, open_data_of
-from common.files import checksum, load_checkpoint, save_checkpoint
+from common.data import Stream, open_for
+from common.files import load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, send, stack_rows
 from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
                         one_of, put_in_training)
@@ -346,10 +346,7 @@ def main():
         raise UserError(f"--row {args.row}: needs data to noise; add --data")
     args.reference = args.reference or config.get("reference_source")
     state = run.resume("flow_map.pt", lambda path: load_checkpoint(path, mapped=True), ("model", "ema", "before"))
-    data, reference = open_data_of(args, run, config)
-    made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint()}
-    for flag, key in (("teacher_ckpt", "teacher"), ("data", "data")):
-        run.check_same(flag, made_with[key], state and state.get(key))
+    data, reference, made_with = open_for(teacher, args, run, config, state)
     decode = decoder(args.vae, config, device, needed=False)
 
     torch.manual_seed(args.seed)

@@ -398,6 +398,16 @@ def open_data_of(args, run, config):
     return data, reference
 
 
+def open_for(teacher, args, run, config, state):
+    """open_data_of for a run that distills this network -> Images, Reference, and the checksums that say so in its
+    checkpoints. Raises UserError where those of the checkpoint `state` are others."""
+    data, reference = open_data_of(args, run, config)
+    made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint()}
+    for flag, key in (("teacher_ckpt", "teacher"), ("data", "data")):
+        run.check_same(flag, made_with[key], state and state.get(key))
+    return data, reference, made_with
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
