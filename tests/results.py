@@ -54,11 +54,13 @@ class Stage(NamedTuple):
 
 class Row(NamedTuple):
     """group: of docs/results.md. stages: the last is scored. samples: label -> flags of sample.py; None in their place
-    scores real images that no teacher has seen. n: samples, where these flags do not say otherwise."""
+    scores real images that no teacher has seen. n: samples, where these flags do not say otherwise. data: what they are
+    scored against."""
     group: str
     stages: tuple
     samples: dict
     n: int = 2000
+    data: str = "{data}"
 
 
 def teacher(flags="", iters=3000):
@@ -99,6 +101,10 @@ def make_rows():
             other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
             rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), ONE)
+
+    first = Stage("train_teacher", "", None, 1200)  # README's first command: the scripts' defaults, on digits
+    rows["first command, teacher"] = Row("first", (first,), {"50": ""}, data="digits")
+    rows["first command, student"] = Row("first", (first, student("", None, 300)), ONE, data="digits")
 
     settings = {name: f"--objective {name}" for name in OBJECTIVES}
     settings.update({"kappa 0": "--objective gap --kappa 0"})
@@ -269,7 +275,7 @@ class Runner:
                 call([*words, "--out", str(files[-1])], log)
                 call([*words, "--n", "40", "--out", str(files[-1].with_suffix(".png"))], log)
         found = place / "score.json"
-        call(["tests/score.py", *map(str, files), "--data", str(self.names["data"]), "--json", str(found)],
+        call(["tests/score.py", *map(str, files), "--data", row.data.format(**self.names), "--json", str(found)],
              place / "score.txt")
         for label, file, numbers in zip(row.samples, files, json.loads(found.read_text())):
             log = file.with_suffix(".txt")

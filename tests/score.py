@@ -1,13 +1,15 @@
-"""Score samples of MNIST without Inception weights.
+"""Score samples of MNIST, or of the procedural digits, without Inception weights.
 
     python tests/score.py SAMPLES.npz [MORE.npz] --data mnist.npz
+    python tests/score.py SAMPLES.npz [MORE.npz] --data digits
 
-Prints, for each file, a Fréchet distance in the 64 features of a small MNIST classifier (assets/mnist_features.pt)
-against the 60,000 training images, precision and recall in the same features against as many training images as there
-are samples (recall falls where modes are lost), the distance of the median sample to the nearest training image, per
-pixel in units of [-1, 1] (copies are at 0), the mean per-pixel std over the samples (low means collapse) and, where the
-file holds labels, the share of samples that the classifier puts in their own class. Real held-out images as SAMPLES say
-what is best. Scores compare with each other alone, at equal numbers of samples.
+Prints, for each file, a Fréchet distance in the 64 features of a small classifier (assets/mnist_features.pt or
+digits_features.pt, which is trained in seconds where it is missing) against the training images, precision and recall
+in the same features against as many training images as there are samples (recall falls where modes are lost), the
+distance of the median sample to the nearest training image, per pixel in units of [-1, 1] (copies are at 0), the mean
+per-pixel std over the samples (low means collapse) and, where the file holds labels, the share of samples that the
+classifier puts in their own class. Real held-out images as SAMPLES say what is best. Scores compare with each other
+alone, at equal numbers of samples.
 """
 import json
 import pathlib
@@ -16,12 +18,13 @@ import sys
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import load_images  # noqa: E402
-from common.files import load_checkpoint, save_file  # noqa: E402
+from common.files import load_checkpoint, save_checkpoint, save_file  # noqa: E402
 from common.images import read_npz, to_device  # noqa: E402
 from common.run import Parser, UserError, command  # noqa: E402
 from fid import frechet, precision_recall  # noqa: E402
@@ -36,15 +39,38 @@ class Classifier(nn.Module):
         self.o = nn.Linear(64, 10)
 
 
+def train_classifier(images, labels, epochs=10, batch=100):
+    """(N,H,W,C) uint8 and their classes (N,) -> Classifier."""
+    net, x, y = Classifier(), to_device(images, "cpu").mean(1, keepdim=True), torch.from_numpy(labels)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(net.o(net.f(x[rows])), y[rows]).backward()
+            optimizer.step()
+    return net
+
+
+def open_classifier(data, known):
+    """The Classifier that scores samples of --data, trained on these Images where none is kept yet."""
+    path = ROOT / f"assets/{'digits' if data == 'digits' else 'mnist'}_features.pt"
+    if data == "digits" and not path.exists():
+        torch.manual_seed(0)
+        save_checkpoint(path, train_classifier(known.images, known.labels).state_dict())
+    net = Classifier().eval()
+    net.load_state_dict(load_checkpoint(path))
+    return net
+
+
 @torch.no_grad()
 def find_features(net, images, batch=1000):
-    """(N,28,28,1|3) uint8 -> (N,64) float32."""
+    """(N,H,W,1|3) uint8 -> (N,64) float32."""
     x = to_device(images, "cpu").mean(1, keepdim=True)
     return torch.cat([net.f(part) for part in x.split(batch)])
 
 
 def find_nearest(images, reference, block=250):
-    """Each image's distance to the nearest of reference, both (N,28,28,C) uint8: the root of the mean squared
+    """Each image's distance to the nearest of reference, both (N,H,W,C) uint8: the root of the mean squared
     difference of pixels in [-1, 1] -> (N,)."""
     x, y = (to_device(part, "cpu").mean(1).flatten(1) for part in (images, reference))  # (N,784)
     squares = torch.cat([(y.square().sum(1) - 2 * part @ y.T).amin(1) for part in x.split(block)])
@@ -52,11 +78,9 @@ def find_nearest(images, reference, block=250):
 
 
 @torch.no_grad()
-def score(samples, reference):
-    """Samples [((N,28,28,C) uint8, labels (N,) or None)] and real images -> a dict of numbers for each."""
-    net = Classifier().eval()
-    net.load_state_dict(load_checkpoint(ROOT / "assets/mnist_features.pt"))
-
+def score(net, samples, reference):
+    """Samples [((N,H,W,C) uint8, labels (N,) or None)] and real images -> a dict of numbers for each, in the features
+    of net, a Classifier."""
     def moments(f):
         return f.double().mean(0).numpy(), f.double().T.cov().numpy()
     real, found = find_features(net, reference), []
@@ -75,18 +99,20 @@ def score(samples, reference):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("samples", metavar="SAMPLES.npz", nargs="+", help="arr_0 or images: (N,28,28) or (N,28,28,C) "
+    parser.add_argument("samples", metavar="SAMPLES.npz", nargs="+", help="arr_0 or images: (N,H,W) or (N,H,W,C) "
                         "uint8")
-    parser.add_argument("--data", default="mnist", help="the training images: mnist, or an .npz of them")
+    parser.add_argument("--data", default="mnist", help="the training images: mnist, an .npz of them, or digits")
     parser.add_argument("--data_dir", default="data", help="where downloads are kept")
     parser.add_argument("--json", default=None, help="FILE for a list of the numbers at full precision")
     args = parser.parse_args()
     samples = [read_npz(path, "SAMPLES") for path in args.samples]
+    known = load_images(args.data, args.data_dir)
+    height, width = known.images.shape[1:3]
     for path, (images, _) in zip(args.samples, samples):
-        if images.shape[1:3] != (28, 28) or len(images) < 4:
+        if images.shape[1:3] != (height, width) or len(images) < 4:
             raise UserError(f"SAMPLES {path}: {len(images)} images of {images.shape[1:3]}, expected at least 4 of "
-                            "28x28")
-    found = score(samples, load_images(args.data, args.data_dir).images)
+                            f"{height}x{width}")
+    found = score(open_classifier(args.data, known), samples, known.images)
     for path, numbers in zip(args.samples, found):
         print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) + f"  {path}" * (len(found) > 1))
     if args.json:

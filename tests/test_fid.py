@@ -12,9 +12,10 @@ from PIL import Image
 
 import common.data
 import fid
+from common.data import draw_digits
 from conftest import inception_weights
 from fid import Moments, Ruler, coverage, frechet, inception_input, inception_score, kernel_distance, precision_recall
-from score import score
+from score import open_classifier, score, train_classifier
 from test_runs import Life, unix
 
 CPU = torch.device("cpu")
@@ -163,10 +164,18 @@ def test_score_without_inception_shows_copies_and_lost_modes():
     grid = np.mgrid[:28, :28]
     blobs = np.stack([255 * np.exp(-((grid - p[:, None, None]) ** 2).sum(0) / 20) for p in places]).astype(np.uint8)
     blobs, (one, other) = blobs[..., None], np.split(np.arange(400), 2)
-    good, copied, lost = score([(blobs[rows], None) for rows in
+    good, copied, lost = score(open_classifier("mnist", None), [(blobs[rows], None) for rows in
                                 (other, one, other[places[other][:, 0] < 12])], blobs[one])
     assert copied["nearest"] < 1e-3 < 0.01 < good["nearest"] and good["recall"] > 0.8 > 0.6 > lost["recall"]
     assert copied["frechet"] < 1e-6 < good["frechet"] < lost["frechet"] and lost["precision"] > 0.7
+
+
+def test_digits_are_scored_by_a_classifier_of_theirs():
+    images, labels = draw_digits(400, seed=5)
+    torch.manual_seed(0)
+    for net, least in ((open_classifier("digits", None), 0.99), (train_classifier(images, labels), 0.5)):
+        real, swapped = score(net, [(images[:200], labels[:200]), (images[:200], labels[1:201])], images[200:])
+        assert real["accuracy"] > least and swapped["accuracy"] < 0.1
 
 
 def test_inception_score_of_known_logits():
