@@ -4,6 +4,7 @@
     python tests/bench.py maps          # an iteration of each row of flow_map.py against one of distill.py
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
     python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
+    python tests/bench.py limit         # samples of what a flow map of the teacher --ckpt is drawn to, by mu
     python tests/bench.py blocks        # SiT-S/2, forward and backward, against separate q, k, v and unfused attention
     python tests/bench.py plan --model SiT-XL/2 --side 32 --channels 4 --batch 128     # memory, disk, hours of stages
     python tests/bench.py scale --side 32 --channels 4 --batch 64     # on a GPU: training and samples of S/2, B/2, XL/2
@@ -18,6 +19,7 @@ import copy
 import gc
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -49,11 +51,11 @@ import flow_map
 from common.autoencoder import CHUNK, Autoencoder
 from common.data import draw_digits
 from common.files import save_checkpoint
-from common.images import degrade, to_device
+from common.images import degrade, to_device, to_uint8
 from common.run import frozen, peak_memory, precision, put_in_training, start_processes
-from interpolants import FAMILIES, Batch, Problem, Sampler, regression_loss, start_at
-from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, parse_name, round_weights
-from sample import generate
+from interpolants import FAMILIES, Batch, Problem, Sampler, ddim, regression_loss, start_at, time_grid
+from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, load_model, parse_name, round_weights
+from sample import choose_labels, first_noise, generate, problem_of
 
 PROBLEM = Problem(FAMILIES["linear"])
 RATES = argparse.Namespace(shard=False, clip=1.0, warmup=0, decay_from=0)  # what an optimizer's step asks for
@@ -240,6 +242,33 @@ def sampling(args):
     for i, name in enumerate(rows):
         print(f"{name}: {1000 * median(row[i] for row in found) / args.batch:.2f} ms an image, "
               f"{times([(row[0], row[i]) for row in found])} as the student")
+
+
+def unroll(t, r, mu):
+    """The times of the teacher's steps that lagrange's legs from t to r are made of, once the student's is made of such
+    steps itself and so on: t - (1 - mu)^n (t - r), from where 2 % of the way is gone, then r."""
+    most = math.ceil(math.log(0.02) / math.log(1 - mu))
+    return [t - (1 - mu) ** k * (t - r) for k in range(most, -1, -1)]
+
+
+@torch.no_grad()
+def limit(args):
+    """Samples of maps that have learnt all that `lagrange` asks of them, in several steps and of several mu."""
+    net, config = load_model(args.ckpt)
+    problem, n, batch = problem_of(config), args.images, args.batch
+    y, x1 = torch.as_tensor(choose_labels("balanced", n, config)), first_noise(net, config, 1, range(n))
+    for mu, steps in ((0.3, 1), (0.3, 2), (0.3, 4), (0.1, 1)):
+        grid, found = time_grid(problem, steps).tolist(), []
+        times = grid[:1] + [time for t, r in zip(grid, grid[1:]) for time in unroll(t, r, mu)]
+        for rows in torch.arange(n).split(batch):
+            b = start_at(problem, Batch(x1=x1[rows], z=x1[rows], y=y[rows]), times[0])
+            for time in times[1:]:
+                time = torch.full_like(b.t, time)
+                b = b._replace(x_t=ddim(problem, problem.data(net, b), b, time), t=time)
+            found.append(to_uint8(b.x_t))
+        path = pathlib.Path(args.ckpt).with_name(f"limit_{mu:g}_{steps}.npz")
+        np.savez(path, images=np.concatenate(found), labels=y.numpy())
+        print(f"wrote {path}: mu {mu:g}, {steps} steps", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,9 +587,10 @@ def plan(args):
 
 
 COMMANDS = {"iteration": iteration, "maps": maps, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic,
-            "blocks": blocks, "plan": plan, "scale": scale}
+            "blocks": blocks, "plan": plan, "scale": scale, "limit": limit}
 FLAGS = {"model": "SiT-XS/4", "side": 28, "channels": 1, "batch": 64, "iterations": 6, "rounds": 3,
-         "images": 2000,  # of each side in the whole fid command
+         "images": 2000,  # of limit, and of each side in the whole fid command
+         "ckpt": "out/teacher.pt",  # of limit
          "models": "SiT-S/2,SiT-B/2,SiT-XL/2",  # of scale
          "gpus": 8, "tflops": 800.0, "mfu": 0.4, "classes": 1000, "cfg_scale": 4.0, "k_psi": 5, "data_images": 1281167,
          "iters": 200000, "teacher_iters": 400000, "teacher_batch": 256}  # of plan

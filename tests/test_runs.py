@@ -1031,3 +1031,14 @@ def test_benchmarks_at_tiny_size(tmp_path, flags, says):
     tiny = "--side 8 --channels 4 --batch 2 --iterations 1 --rounds 1"
     said = Life(tmp_path, "bench", *flags.split(), *tiny.split()).end()
     assert all(re.search(words, said) for words in says), said
+
+
+@unix
+@pytest.mark.slow
+def test_what_a_map_is_drawn_to_is_sampled(tmp_path):
+    import bench
+    teacher, _, _ = bench.random_teacher(tmp_path, "SiT-XXS/4", 8, 1)
+    Life(tmp_path, "bench", "limit", "--ckpt", str(teacher), "--images", "4", "--batch", "2").end()
+    assert [np.load(path)["images"].shape for path in tmp_path.glob("limit_*.npz")] == [(4, 8, 8, 1)] * 4
+    whole, first = bench.unroll(0.9, 0.1, 0.3), bench.unroll(0.9, 0.34, 0.3)  # lagrange's first leg, 1 - mu of the way
+    np.testing.assert_allclose(first[1:], whole[:-1])  # its teacher takes the rest, in one step
