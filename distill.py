@@ -64,7 +64,7 @@ def gap_loss(D, e, kappa=1.0, weight=1.0):
 
 WEIGHTS = {  # w (B,1,1,1) of the samples x0, the teacher's guess x0_star of them, and the times t
     "uniform": lambda x0, x0_star, t: torch.ones_like(x0[:, :1, :1, :1]),
-    # 1 / mean|x0 - x0*| (DMD, arXiv:2311.18828, eq. 8; SiD, arXiv:2404.04057, eq. 24)
+    # 1 / mean|x0 - x0*| (SiD, arXiv:2404.04057, eq. 24; DMD's, arXiv:2311.18828, eq. 8, has alpha_t in front of it)
     "l1": lambda x0, x0_star, t: 1 / (x0 - x0_star).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-4),
 }
 
@@ -84,26 +84,25 @@ def student_loss(problem, objective, teacher, critic, b):
     return gap_loss(D, e, objective.a * objective.kappa, w), D.detach().square().flatten(1).mean(1)
 
 
-def critic_loss(problem, objective, teacher, critic, fake, real=None):
+def critic_loss(problem, objective, critic, fake, real=None):
     """What the critic minimises on the student's samples, (B,): its regression loss; with a or b below 1 RealUID's
     (arXiv:2509.22459, with delta = D), on real data as well:
 
         - E_student[ -a |D|^2 + 2 a <D, v*> - 2 b <D, I'> ] - E_data[ -(1-a) |D|^2 + 2 (1-a) <D, v*> - 2 (1-b) <D, I'> ]
 
-    in `units`, weighted so that a = b = 1 has the gradient of the regression loss."""
+    in `units`, weighted so that a = b = 1 has the gradient of the regression loss, and without the terms that are free
+    of v_psi, so that v* drops out: with D = v* - v_psi, p |v_psi|^2 - 2 q <v_psi, I'> is left of each expectation."""
     a, b, units = objective.a, objective.b, objective.units
     if a == b == 1:
         return regression_loss(problem, critic, fake)
     loss = 0
     for batch, p, q in ((fake, a, b), (real, 1 - a, 1 - b)):
         batch, velocity = problem.noised(batch)
-        with torch.no_grad():
-            star = convert(problem, problem.call(teacher, batch), units, batch)
-        D = star - convert(problem, problem.call(critic, batch), units, batch)
+        psi = convert(problem, problem.call(critic, batch), units, batch)
         own, other = (prediction_scale(problem, name, batch.t) for name in (problem.prediction, units))
         w = loss_weight(problem, batch.t) * (own / other) ** 2
         target = velocity if units == "velocity" else batch.x0
-        loss = loss + (w * (p * D * D - 2 * p * D * star + 2 * q * D * target)).flatten(1).mean(1)
+        loss = loss + (w * (p * psi * psi - 2 * q * psi * target)).flatten(1).mean(1)
     return loss
 
 
@@ -317,9 +316,9 @@ def parse_flags():
 
 def check_objective(problem, objective):
     """Raise UserError where the stop-gradient objective gives no descent direction on this path."""
-    if objective.grad != "stop":
+    if objective.grad != "stop" or objective.units == "data":  # there the weight is 2 s^2 / alpha^2 on any path
         return
-    if objective.units == "velocity" and bool((problem.path.alpha(torch.linspace(0.1, 0.9, 9)) == 1).all()):
+    if bool((problem.path.alpha(torch.linspace(0.1, 0.9, 9)) == 1).all()):
         raise UserError("--units velocity: with --grad stop the student gets no gradient on a path whose alpha is "
                         "constant (alpha' = 0); use --units data")
     try:
@@ -512,7 +511,7 @@ def main():
                 real = real._replace(t=fake.t)
             for rows in run.pieces(psi, *[head] * adversarial):
                 f, r = fake.rows(rows), real and real.rows(rows)
-                loss = total = critic_loss(problem, objective, v_star, trained_v_psi, f, r).mean()
+                loss = total = critic_loss(problem, objective, trained_v_psi, f, r).mean()
                 if adversarial:  # non-saturating, on the critic's own tokens, which learn from it too
                     low, high = discriminate(problem, psi.net, head.wrapped, f, r).chunk(2)
                     head_loss = F.softplus(low).mean() + F.softplus(-high).mean()

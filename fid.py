@@ -9,6 +9,7 @@
 SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0, images or x_train), an .npz of statistics
 (mu, sigma), a data set's name or a checkpoint. Metrics go to stdout, one a line; progress goes to stderr.
 """
+import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -34,8 +35,8 @@ import torch.nn.functional as F
 
 from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images
-from common.files import check_archive, download, file_sha256, load_checkpoint, reading, save_file
-from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image
+from common.files import check_archive, download, file_sha256, load_checkpoint, locked, reading, save_file
+from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image, resize_images
 from common.run import (Parser, UserError, alone, check_writable, code_commit, command, first_process, from_first,
                         in_turn, number, one_of, progress, start_processes)
 from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named, uneven_counts
@@ -46,7 +47,9 @@ METRICS = {"fid": ("fid", 2), "sfid": ("sfid", 2), "is": ("logits", 10), "kid": 
 STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # what statistics serve, and their names in a file
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
            95628359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
-SAMPLING = ("steps", "restart", "solver", "diffusion", "cfg_scale", "cfg_interval", "average", "labels", "vae")
+PLAIN = {"steps": None, "restart": 0.0, "solver": None, "diffusion": "sigma", "cfg_scale": None,
+         "cfg_interval": [0.0, 1.0], "average": None}  # how a REFERENCE checkpoint is sampled beside one of SAMPLES
+SAMPLING = (*PLAIN, "labels", "vae")
 SIDE, POOL, SPATIAL, LOGITS = 299, 2048, 17 * 17 * 7, 1008
 
 
@@ -282,7 +285,8 @@ def open_checkpoint(role, path, args, device):
     sampler, decode = choose_sampler(args, net, config, path), decoder(args.vae, config, device)
     if decode is None and net.channels not in (1, 3):
         raise UserError(f"{role} {path}: makes {net.channels} channels, images have 1 or 3")
-    seed, student, n = args.seed + (role == "REFERENCE"), config.get("student"), limit(role, args) or 50000
+    seed = args.seed if role == "SAMPLES" else 2 ** 63 - 1 - args.seed  # noise that no seed of SAMPLES draws
+    student, n = config.get("student"), limit(role, args) or 50000
     law = "balanced" if args.labels == "data" and not uneven_counts(config) else args.labels
     labels = choose_labels(args.labels, n, config, seed)
     guidance = {"cfg_interval": [0.0, 1.0], **(student or sampler._asdict())}
@@ -316,7 +320,7 @@ def open_source(role, name, args, device, size=None):
     """What SAMPLES or REFERENCE (the role) names on the command line. size: of data sets, without --image_size."""
     path, label = pathlib.Path(name), f"{role} {name}"
     if name in DATA_SETS:
-        images = load_images(name, args.data_dir, args.image_size or size).images
+        images = load_images(name, args.data_dir, args.image_size or size, say=say).images
         record = {"kind": "data set", "image_size": images.shape[1]}
         return choose_some(Source(name, len(images), lambda rows: images[rows], record), limit(role, args))
     if path.is_dir():
@@ -327,7 +331,11 @@ def open_source(role, name, args, device, size=None):
         raise UserError(f"{label}: is one image; give a folder of them")
     if path.suffix.lower() != ".npz":
         return open_checkpoint(role, path, args, device)
-    return choose_some(open_npz(label, path), limit(role, args))
+    found, side = open_npz(label, path), args.image_size
+    if side and found.read:
+        found = found._replace(read=lambda rows, read=found.read: resize_images(read(rows), side),
+                               record={**found.record, "image_size": side})
+    return choose_some(found, limit(role, args))
 
 
 def open_sides(args, device, rank, swept=None):
@@ -335,6 +343,8 @@ def open_sides(args, device, rank, swept=None):
     names, sides, size = {"SAMPLES": args.samples, "REFERENCE": args.reference}, {}, None
     for role in sorted(filter(names.get, names), key=lambda role: names[role] in DATA_SETS):
         flags = swept or args if role == "SAMPLES" else args
+        if "SAMPLES" in sides and sides["SAMPLES"].record["kind"] == "checkpoint":  # whose flags these are
+            flags = argparse.Namespace(**{**vars(args), **PLAIN})
         sides[role] = in_turn(lambda: open_source(role, names[role], flags, device, size), rank)
         if sides[role].record["kind"] == "checkpoint":
             size = sides[role].record["image_size"]
@@ -560,7 +570,8 @@ def conclude(args, sides, results, ruler, world):
     """Statistics and the record, metrics included, out of both passes; in the first process."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "scipy": scipy.__version__, "pillow": PIL.__version__}
-    about = {"weights": ruler.weights, "weights_sha256": ruler.sha256, "resize": ruler.resize, "versions": versions,
+    about = {"weights": ruler.weights, "weights_sha256": ruler.sha256, "resize": ruler.resize if ruler.net else None,
+             "versions": versions,
              "dtype": "float32, moments and distances float64", "device": str(ruler.device), "processes": world,
              "batch": args.batch, "commit": code_commit()}
     sources = describe_sides(args, sides)
@@ -568,8 +579,8 @@ def conclude(args, sides, results, ruler, world):
         sources[role.lower()]["pixels_sha256"] = results[role].get("pixels")
     if args.save_stats:
         role = [*sides][-1]
-        made = {"source": sources[role.lower()]}  # stored ones stay what they were
-        made = {**about, **made} if "pixels" in results[role] else sides[role].record.get("made", made)
+        made = sides[role].record.get("made", {"source": sources[role.lower()]})  # stored ones stay what they were
+        made = made if sides[role].statistics else {**about, **made}
         kept = {key: results[role][key] for key in sum(STORED.values(), ()) if key in results[role]}
         kept.update(n=np.array(sides[role].count("fid") or 0), record=np.array(json.dumps(made)))
         save_file(args.save_stats, lambda f: np.savez(f, **kept))
@@ -588,12 +599,12 @@ def save_json(path, record):
 
 
 def report(args, record, sides):
-    if args.json:
-        save_json(args.json, record)
     for metric in args.metrics:
         if metric in record:
             name, value, note = describe(metric, record, sides)
             print(f"{name} {value}" + f" ({note})" * bool(note), flush=True)
+    if args.json:
+        save_json(args.json, record)
 
 
 def describe(metric, values, sides):
@@ -680,11 +691,13 @@ def sweep(args, combinations, sides, measured, ruler, rank, world):
             results = {"SAMPLES": measured("SAMPLES", sides["SAMPLES"]), **others}
 
             def finish():
-                known = next((r for r in records if settings_of(r) == wanted), {})  # other metrics of the same
-                record = {**known, "flags": chosen, **conclude(args, sides, results, ruler, world)}
-                records[:] = [r for r in records if settings_of(r) != wanted] + [record]
-                save_json(args.json, {"sweep": records})
-                return record
+                found = conclude(args, sides, results, ruler, world)
+                with locked(pathlib.Path(args.json).parent):  # another sweep may have added its own since
+                    records[:] = read_sweep(args.json)
+                    known = next((r for r in records if settings_of(r) == wanted), {})  # other metrics of the same
+                    records[:] = [r for r in records if settings_of(r) != wanted] + [{**known, "flags": chosen, **found}]
+                    save_json(args.json, {"sweep": records})
+                return records[-1]
             record = first_process(finish, rank)
         if rank == 0:
             cells = [describe(metric, record, sides) for metric in args.metrics]
@@ -708,8 +721,8 @@ def parse_flags():
     add = parser.group("what is compared")
     add("samples", metavar="SAMPLES", help="what is judged")
     add("reference", metavar="REFERENCE", nargs="?", help="with what; optional with --save_stats or --metrics is")
-    add("--image_size", type=number(int, 1), default=None, help="crop and resize folders and data sets to this side as "
-        "training does (folders: as they are; data sets: the checkpoint's side, or their own)")
+    add("--image_size", type=number(int, 1), default=None, help="crop and resize real images to this side as training "
+        "does (folders and .npz: as they are; data sets: the checkpoint's side, or their own)")
     add("--data_dir", default="data", help="where downloads are kept")
     add = parser.group("how, and what is kept")
     add("--metrics", type=metric_list, default="fid", help="comma-separated: " + ",".join(METRICS))
@@ -768,7 +781,7 @@ def main():
         return {**side.statistics, **found}
     if combinations:
         return sweep(args, combinations, sides, measured, ruler, rank, world)
-    results = {role: measured(role, side) for role, side in sides.items()}
+    results = {role: measured(role, sides[role]) for role in reversed(sides)}  # what may be broken before what is made
     first_process(lambda: report(args, conclude(args, sides, results, ruler, world), sides), rank)
 
 

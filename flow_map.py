@@ -53,7 +53,7 @@ ROWS = {  # what a row sets, the flags of these names override
     "shortcut": Row("0.5", "average", "average", diagonal=0.25),  # arXiv:2410.12557; PSD (arXiv:2505.18825)
     "split": Row("random", "average", "average", diagonal=0.25),  # SplitMeanFlow (arXiv:2507.16884)
     "progressive": Row("0.5", "before", "before", "grid"),  # arXiv:2202.00512
-    "ctm": Row("random", "solver", "average"),  # CTM's trajectory term (arXiv:2310.02279)
+    "ctm": Row("random", "solver", "average"),  # CTM's legs (arXiv:2310.02279)
     "direct": Row("1", "solver", "solver", "ends"),  # knowledge distillation (arXiv:2101.02388)
     "meanflow": Row("mu", "data", "student", "lognormal", 0.75, 1.0, "jvp"),  # from data alone (arXiv:2505.13447)
 }

@@ -298,6 +298,8 @@ def student_input(problem, net, times, b, draw):
     b = start_at(problem, b, times[0])
     for i, time in enumerate(times[1:], 1):
         x0, (x1, z), r = problem.data(net, b), draw(i), torch.full_like(b.t, time)
+        if problem.sees_x1 and i == 1:  # the start lacks the data's part, which the posterior takes away
+            b = b._replace(x_t=b.x_t + coefficients(problem.path, b.t, x0.ndim).alpha * x0)
         x_t = (posterior(problem.path, x0, b.x_t, b.t, r, z) if problem.sees_x1 else
                interpolate(problem.path, x0, x1, r, z)[0])
         b = b._replace(t=r, x_t=x_t)

@@ -203,14 +203,14 @@ def add_sampling_flags(parser, **defaults):
     add("--solver", type=one_of(SOLVERS), default=None, help="/".join(SOLVERS) + "; steps are intervals for each "
         "(euler; posterior on bridges)")
     add("--diffusion", type=one_of(DIFFUSIONS), default="sigma", help="w(t) of --solver sde: " + "/".join(DIFFUSIONS))
-    add("--cfg_scale", type=number(float, 0), default=None, help="guidance of a teacher (1; beside a student what "
-        "that was distilled with): 1 = conditional, 0 = unconditional")
+    add("--cfg_scale", type=number(float, 0), default=None, help="guidance of a teacher (1; in sample.py "
+        "--compare what the student was distilled with): 1 = conditional, 0 = unconditional")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
         "at which a teacher is guided")
     add("--average", type=number(float, 0, 1), default=None, help="decay of the student's average that samples, one of "
         "those of distill.py --ema (the first)")
     add("--labels", default="balanced", help="data (as often as in the teacher's), balanced, uniform, or a list of "
-        "classes such as 3,1,4 or cat,dog (repeated)")
+        "classes such as 3,1,4 or cat,dog (repeated); sample.py: balanced, on bridges the file's own")
     add("--seed", type=number(int, 0, 2 ** 63 - 2), default=0, help="image i depends on (seed, i) alone")
     add("--vae", default=None, help="autoencoder that decodes a checkpoint's latents")
     add("--batch", type=number(int, 1), help="images at a time and process")
@@ -288,7 +288,7 @@ def read_starts(args, net, config):
             if getattr(args, flag):
                 raise UserError(f"--{flag} {getattr(args, flag)}: {name} starts from noise, leave it out")
         n = args.n or (100 if args.compare else 64)
-        return Starts(choose_labels(args.labels, n, config, args.seed))
+        return Starts(choose_labels(args.labels or "balanced", n, config, args.seed))
     if not args.reference:
         raise UserError(f"--reference is missing: {name} is a bridge ({kind}) and needs images to start from: "
                         "--reference FILE_OR_FOLDER")
@@ -310,7 +310,7 @@ def read_starts(args, net, config):
     if n > len(x1):
         raise UserError(f"--n {n}: --reference {args.reference} has {len(x1)} images")
     x1, truth = x1[:n], None if truth is None else truth[:n]
-    if args.labels != "balanced":  # goes before the file's own
+    if args.labels:  # goes before the file's own
         labels = choose_labels(args.labels, n, config, args.seed)
     elif labels is None or net.num_classes == 0:  # the null class
         labels = np.full(n, net.num_classes)
@@ -373,7 +373,7 @@ def parse_flags():
         "were made from, for train_teacher.py --pairs")
     add("--export", default=None, help="FILE.safetensors: write the averaged weights and the configuration there, and "
         "sample nothing; every script takes it for a checkpoint")
-    add_sampling_flags(parser, batch=100)
+    add_sampling_flags(parser, batch=100, labels=None)
     add = parser.group("bridges")
     add("--reference", default=None, help="FILE, FOLDER or .npz of images that a bridge starts from")
     add("--degrade", action="store_true", help="degrade them first as the bridge's training did; they are the truth "
@@ -432,10 +432,10 @@ def main():
                 with alone(), writing(out):
                     for i, image in enumerate(mine, rows.start):
                         as_pillow(image).save(out / f"{i:06d}.png")
-        parts = [mine]
+        parts = [mine if truth is not None or not folder else None]  # a folder's are on the disk
         if world > 1:
-            parts = [None] * world if rank == 0 else None
-            dist.gather_object(mine if truth is not None or not folder else None, parts)
+            mine, parts = parts[0], [None] * world if rank == 0 else None
+            dist.gather_object(mine, parts)
         if rank == 0:
             images += [part for part in parts if part is not None]
             tell(min(n, (turn + world) * args.batch), n)

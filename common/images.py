@@ -21,6 +21,8 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # whatever a file is named: none starts another program
+TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
 IMAGE_NAMES = (("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1"))  # of images and labels in an .npz
 
 
@@ -59,6 +61,17 @@ def image_header(path):
         return 1, 1, True
 
 
+def turn_upright(image):
+    """The picture as EXIF says that the camera was held. What else EXIF holds, and how much of it is broken, is of no
+    matter here; Pillow's own exif_transpose reads it all."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(0x112))
+    except Exception:  # broken EXIF can fail in any way
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def read_image(label, path, size=None):
     """Any image file -> (H,W,3) uint8, turned upright and, with size, centre-cropped and resized to a square. Grey,
     palette and CMYK are converted, 16 bits are scaled to 8. Raises UserError, which begins with label, for a broken
@@ -66,7 +79,7 @@ def read_image(label, path, size=None):
     with reading(f"{label}: {path}"), Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, at most {Image.MAX_IMAGE_PIXELS} in all are read")
-        image = ImageOps.exif_transpose(image)
+        image = turn_upright(image)
         if image.mode.startswith("I") or image.mode == "F":
             pixels = np.asarray(image, np.float64)
             if not np.isfinite(pixels).all():

@@ -127,8 +127,10 @@ def test_steps_of_a_student():
 
     b = Batch(x1=torch.full((3, 1, 2, 2), 2.0), z=noise[0][1])
     b = student_input(BRIDGE, lambda x, t, y, x1: 0 * x1, [0.8, 0.4], b, lambda i: noise[i])
-    start = 0.8 * b.x1 + 0.4 * noise[0][1]
-    torch.testing.assert_close(b.x_t, 0.5 * start + (0.4 * 0.4 / 0.8) ** 0.5 * noise[1][1])
+    start, fresh = 0.8 * b.x1 + 0.4 * noise[0][1], (0.4 * 0.4 / 0.8) ** 0.5 * noise[1][1]
+    torch.testing.assert_close(b.x_t, 0.5 * start + fresh)
+    b = student_input(BRIDGE, lambda x, t, y, x1: 0 * x1 + 3, [0.8, 0.4], b, lambda i: noise[i])
+    torch.testing.assert_close(b.x_t, 0.6 * 3 + 0.5 * start + fresh)  # alpha x0, as on the path
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import struct
 import time
 
 import numpy as np
@@ -116,6 +117,11 @@ def test_images_of_all_modes_become_the_same_pixels():
         assert pixels.shape == (12, 16, 3) and pixels.dtype == np.uint8, path
         assert (pixels[:, :7] < 12).all() and (pixels[:, 9:] > 243).all(), path
         assert read_image("--data", path, 8).shape == (8, 8, 3)
+    lying = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x11a, 2, 4, b"72\0\0")  # no resolution
+    for name, exif, shape in (("a.jpg", b"MM\0*\0\0\0\x08\0\x02" + lying + bytes(4), (6, 4, 3)),
+                              ("a.webp", b"garbagegarbage", (4, 6, 3))):
+        put(name, Image.new("RGB", (6, 4)), exif=b"Exif\0\0" + exif)
+        assert read_image("--data", name).shape == shape
     put("a.png", Image.fromarray(np.full((4, 4), 0x8000, np.uint16)))
     assert (read_image("--data", "a.png") == 128).all()
 

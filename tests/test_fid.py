@@ -13,6 +13,7 @@ from PIL import Image
 import common.data
 import fid
 from common.data import draw_digits
+from common.images import resize_images
 from conftest import inception_weights
 from fid import Moments, Ruler, coverage, frechet, inception_input, inception_score, kernel_distance, precision_recall
 from score import open_classifier, score, train_classifier
@@ -297,6 +298,12 @@ def test_gray_images_and_mixed_sizes(record, quick):
     one, two, squares = (record("mixed", "b.npz", *quick, *flags)["fid"] for flags in (
         (), ("--batch", 1), ("--image_size", 9)))
     assert one == pytest.approx(two, rel=1e-6) != pytest.approx(squares, rel=1e-3)
+    large = rng.integers(0, 256, (12, 20, 18, 3)).astype(np.uint8)
+    np.savez("large.npz", images=large), np.savez("small.npz", images=resize_images(large, 9))
+    whole, cropped, small = (record(name, "b.npz", *quick, *flags) for name, *flags in (
+        ("large.npz",), ("large.npz", "--image_size", 9), ("small.npz",)))
+    pixels = [found["samples"]["pixels_sha256"] for found in (whole, cropped, small)]
+    assert pixels[0] != pixels[1] == pixels[2] and cropped["samples"]["image_size"] == 9
 
 
 def test_all_metrics_and_a_complete_record(record, quick, monkeypatch):
@@ -391,7 +398,8 @@ def test_a_checkpoint_is_sampled_on_the_fly(script, record, quick, small_teacher
     assert again["samples"]["pixels_sha256"] == about["pixels_sha256"]
     assert again["fid"] == pytest.approx(found["fid"], rel=1e-7)
     found = record(small_teacher, small_teacher, *quick, *flags)
-    assert found["reference"]["seed"] == 6 and found["fid"] > 0
+    about = found["reference"]
+    assert (about["seed"], about["steps"], about["n"]) == (2 ** 63 - 6, 50, 12) and found["fid"] > 0
     draw = common.data.draw_digits
     monkeypatch.setattr(common.data, "draw_digits", lambda size, seed: draw(40, size, seed))
     found = record(small_teacher, "digits", *quick, *flags)
