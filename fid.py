@@ -695,7 +695,8 @@ def sweep(args, combinations, sides, measured, ruler, rank, world):
                 with locked(pathlib.Path(args.json).parent):  # another sweep may have added its own since
                     records[:] = read_sweep(args.json)
                     known = next((r for r in records if settings_of(r) == wanted), {})  # other metrics of the same
-                    records[:] = [r for r in records if settings_of(r) != wanted] + [{**known, "flags": chosen, **found}]
+                    records[:] = [*(r for r in records if settings_of(r) != wanted),
+                                  {**known, "flags": chosen, **found}]
                     save_json(args.json, {"sweep": records})
                 return records[-1]
             record = first_process(finish, rank)
