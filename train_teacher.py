@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common.autoencoder import cache_latents, check_autoencoder, load_autoencoder
-from common.data import Stream, load_images, load_pairs, load_reference
+from common.data import Stream, holds_latents, load_images, load_pairs, load_reference
 from common.files import load_checkpoint, save_checkpoint
 from common.images import DEGRADATIONS, save_curves, save_picture, stack_rows
 from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
@@ -86,9 +86,16 @@ def check_flags(args, defaults):
                         "--unconditional, --flip and bridges out")
     args.data = args.pairs or args.data
     if args.cache_latents and args.skip_broken:
-        raise UserError("--skip_broken: --cache_latents encodes every image; mend or move broken ones, leave it out")
+        raise UserError("--skip_broken: --cache_latents encodes every image; leave it out, mend or overwrite broken "
+                        "ones")
     if args.cache_latents and not (args.vae and args.image_size):
         raise UserError(f"--cache_latents {args.cache_latents}: needs --vae and --image_size, the side in pixels")
+    latent = args.cache_latents or holds_latents(args.data)
+    if args.vae and not latent:
+        raise UserError(f"--vae {args.vae}: --data {args.data} are pixels; add --cache_latents DIR, which encodes "
+                        "them, or leave --vae out")
+    if latent and args.reference not in (None, "noise"):
+        raise UserError(f"--reference {args.reference}: bridges between latents are not there yet; use pixels")
     if args.image_size and not args.vae and args.image_size % patch:
         raise UserError(f"--image_size {args.image_size}: not a multiple of the patch size {patch} of --model "
                         f"{args.model}")
@@ -111,6 +118,10 @@ def open_data(args, run):
         return run.in_turn(lambda: load_pairs(args.pairs, args.interpolant)), None, None
     autoencoder, sha256 = load_autoencoder(args.vae, run.device) if args.vae else (None, None)
     if args.cache_latents:
+        whole = autoencoder.factor * parse_name(args.model)[1]
+        if args.image_size % whole:
+            raise UserError(f"--image_size {args.image_size}: not a multiple of {whole}, by which --vae and the "
+                            f"patches of --model {args.model} reduce it")
         data = cache_latents(args, autoencoder, sha256, run)
     else:
         data = run.in_turn(lambda: load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken,
@@ -119,13 +130,11 @@ def open_data(args, run):
     data, patch = data._replace(flip=args.flip and not data.latent), parse_name(args.model)[1]
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
     if data.side % patch:
-        raise UserError(f"--model {args.model}: its patch does not divide the {data.side}x{data.side} images; add "
-                        f"--image_size {max(patch, data.side // patch * patch)} or choose another patch")
+        raise UserError(f"--model {args.model}: its patch does not divide the {data.side}x{data.side} "
+                        + ("latents; " if data.latent else f"images; add --image_size "
+                           f"{max(patch, data.side // patch * patch)} or ") + "choose another patch")
     if args.reference in (None, "noise"):
         return data, None, autoencoder
-    if data.latent:
-        raise UserError(f"--reference {args.reference}: bridges between latents are not there yet; leave "
-                        "--cache_latents out")
     reference = run.in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
     if reference.kind == "unpaired" and args.prediction not in (None, "data"):
         raise UserError(f"--prediction {args.prediction}: an unpaired bridge is sampled by its posterior, which needs "

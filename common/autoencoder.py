@@ -196,9 +196,6 @@ def cache_latents(args, autoencoder, sha256, run):
     chunks in turn; a run cut off goes on with the chunks that are left."""
     data, size, directory = args.data, args.image_size, pathlib.Path(args.cache_latents)
     flag, side, c = f"--cache_latents {directory}", size // autoencoder.factor, autoencoder.latents
-    if size % autoencoder.factor:
-        raise UserError(f"--image_size {size}: not a multiple of {autoencoder.factor}, what the autoencoder {args.vae} "
-                        "reduces by")
     if pathlib.Path(data).is_dir():
         files, labels, classes = list_folder(data)
         listing = repr([(str(f.relative_to(data)), f.stat().st_size) for f in files]).encode()
@@ -232,6 +229,8 @@ def cache_latents(args, autoencoder, sha256, run):
                 raise UserError(f"{flag}: its record.json is damaged, or of an older version; delete the folder and "
                                 "start again")
             made = {"contents": record["contents"], **made}  # not in older folders
+            if contents and not made.get("complete"):  # what could not be read has been mended since
+                made.update({key: record[key] for key in ("listing", "contents")})
             changed = next((key for key in record if key != "source" and made.get(key) != record[key]), None)
             if changed:
                 raise UserError(f"{flag}: was made with another {changed} ({str(made.get(changed))[:40]}, here "
@@ -239,6 +238,7 @@ def cache_latents(args, autoencoder, sha256, run):
             return
         if any(directory.iterdir()):
             raise UserError(f"{flag}: holds other files; choose another folder")
+        check_writable("--cache_latents", directory, 2 * math.prod(shape))
         np.lib.format.open_memmap(directory / "latents.npy", "w+", np.float16, shape).flush()
         np.lib.format.open_memmap(directory / "done.npy", "w+", np.uint8, (chunks,)).flush()
         np.save(directory / "labels.npy", labels)

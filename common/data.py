@@ -189,7 +189,7 @@ def first_side(folder, files, skip_broken):
     raise problem
 
 
-def read_folder(folder, size, data_dir, skip_broken=False, say=print):
+def read_folder(folder, size, data_dir, skip_broken=False, say=print, waited=False):
     """Class subfolders or one flat folder of images -> memmap (N,size,size,3), of grey images alone (N,size,size,1),
     labels or None, names of the classes. Decoded once; the next run with the same files, size and data_dir finds the
     result by a fingerprint of names, lengths and times."""
@@ -204,35 +204,43 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
         whole = "changed" in record and images.dtype == np.uint8 and images.shape[:3] == (len(files), size, size)
     except Exception:  # not there, or damaged in any way: decode again
         whole = False
+    if not whole and not waited:
+        check_writable("--data_dir", data_dir)
+        with locked(cache.parent):  # of several runs one decodes, the others find what it left
+            return read_folder(folder, size, data_dir, skip_broken, say, waited=True)
     if not whole:
-        check_writable("--data_dir", cache.parent)
         part, kept, tell = cache.with_suffix(".part"), [], progress(say, "decoding")
         headers = [image_header(file) for file in files]  # (width, height, grey)
         channels = 1 if all(grey for _, _, grey in headers) else 3
+        part.unlink(missing_ok=True)  # of a run cut off
+        check_writable("--data_dir", data_dir, len(files) * size * size * channels)
         images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), size, size, channels))
-        problem = None
+        broken = []
         for i, file in enumerate(files):
             try:
                 images[len(kept)] = read_image(f"--data {folder}", file, size)[..., :channels]
                 kept.append(int(labels[i]) if classes else 0)
             except UserError as error:
-                if not skip_broken:
-                    problem = f"{error}; mend or delete it, or add --skip_broken"
-                    break
-                say(f"skipped {error}")
+                broken.append(str(error))
             tell(i + 1, len(files))
         images.flush()
         del images  # closed: Windows moves and deletes no file that is open
-        if problem or not kept:
+        if not kept:
             part.unlink()
-            raise UserError(problem or f"--data {folder}: none of its {len(files)} images can be read")
+            raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
         cropped, resized = (sum(test(*h) for h in headers) for test in (
             lambda width, height, _: width != height, lambda width, height, _: min(width, height) != size))
-        record = {"labels": kept, "classes": classes, "source": str(folder), "changed":
+        record = {"labels": kept, "classes": classes, "source": str(folder), "broken": broken, "changed":
                   f"{len(kept)} images, {cropped} cropped to their centre, {resized} resized to {size}x{size}, "
                   + ("all grey: one channel" if channels == 1 else "three channels")}
         write_record(cache.with_suffix(".json"), record)
         part.replace(cache)
+    broken = record.get("broken", ())
+    if broken and not skip_broken:  # what is whole is kept for the run that asks for it
+        raise UserError(f"{broken[0]}; mend or delete it{f' and {len(broken) - 1} more' * (len(broken) > 1)}, or add "
+                        "--skip_broken")
+    for error in broken:
+        say(f"skipped {error}")
     say(f"{folder}: {record['changed']}")
     images = np.load(cache, mmap_mode="r")[:len(record["labels"])]
     return images, np.array(record["labels"], np.int64) if record["classes"] else None, record["classes"]
@@ -254,6 +262,11 @@ def read_latents(directory):
         return Images(latents, np.array(labels), tuple(classes), record)
 
 
+def holds_latents(data):
+    """Whether --data is a folder that --cache_latents made."""
+    return all(pathlib.Path(data, name).is_file() for name in ("record.json", "latents.npy"))
+
+
 def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=False, say=print):
     """--data by name or path -> Images. The one reader of training data and of references."""
     path, names = pathlib.Path(data), CLASSES.get(data)
@@ -263,17 +276,14 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
         images, labels = read_idx_set(data, data_dir)
     elif data == "cifar10":
         images, labels = read_cifar10(data_dir)
-    elif (path / "record.json").is_file() and (path / "latents.npy").is_file():
+    elif holds_latents(path):
         found = read_latents(path)
         if image_size not in (None, found.latent["image_size"]):
             raise UserError(f"--image_size {image_size}: the latents of {data} are of images of "
                             f"{found.latent['image_size']}; leave it out")
         return found
     elif path.is_dir():
-        if not pathlib.Path(data_dir).is_dir():
-            check_writable("--data_dir", data_dir)
-        with locked(pathlib.Path(data_dir)):  # of several runs one decodes, the others find what it left
-            images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
+        images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
     elif path.is_file() and path.suffix == ".npz":
         images, labels = read_npz(path, say=say)
         names = read_names(f"--data {path}", path)
@@ -378,6 +388,9 @@ def open_data_of(args, run, config):
     where there is no need. Raises UserError where they are not of its kind."""
     if not args.data:
         return None, None
+    if config.get("latent") and not holds_latents(args.data):
+        raise UserError(f"--data {args.data}: are pixels, the teacher makes latents; give the folder that "
+                        "train_teacher.py --cache_latents made")
     kind, net = config.get("reference"), config["network"]
     side, channels, classes = net["image_size"], net["channels"], net["num_classes"]
     data = run.in_turn(lambda: load_pairs(args.data, config["interpolant"]) if config.get("pairs") else load_images(

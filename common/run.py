@@ -169,13 +169,18 @@ def writing(path):
         raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}; {space})") from None
 
 
-def check_writable(flag, folder):
-    """Make the folder, or raise UserError before any work is done that could not be kept."""
+def check_writable(flag, folder, size=0):
+    """Make the folder, or raise UserError before any work is done that could not be kept: so many bytes of it. (A page
+    of a mapped file that finds no room ends the process without a word.)"""
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}); choose another folder") from None
+    if size > free:
+        raise UserError(f"{flag} {folder}: {size / 2 ** 30:.3g} GiB are needed, {free / 2 ** 30:.3g} are free; make "
+                        "room or choose another folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Pixels in: every source of them, and batches."""
+import argparse
 import concurrent.futures
 import json
 import os
@@ -153,16 +154,17 @@ def test_flat_folders_have_no_classes_and_mixed_ones_are_refused():
         refused(load_images, name, says=says)
 
 
-def test_broken_images_are_named_or_skipped():
+def test_broken_images_are_named_or_skipped(monkeypatch):
     count = save_modes("set")
     pathlib.Path("set/broken.png").write_bytes(b"not an image")
     pathlib.Path("set/cut.png").write_bytes(pathlib.Path("set/RGB.png").read_bytes()[:60])
     pathlib.Path("set/0.png").write_bytes(b"the first")
     for size in (8, None):
         refused(read_folder, pathlib.Path("set"), size, "cache", says="set/0.png")
-    assert not pathlib.Path("cache").exists() or not [*pathlib.Path("cache").iterdir()]
     said = []
-    images, *_ = read_folder(pathlib.Path("set"), 8, "cache", skip_broken=True, say=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.data, "read_image", None)  # what is whole was kept
+        images, *_ = read_folder(pathlib.Path("set"), 8, "cache", skip_broken=True, say=said.append)
     assert len(images) == count and [name in line for name, line in zip(("0.png", "broken.png", "cut.png"), said)]
     assert read_folder(pathlib.Path("set"), None, "cache", skip_broken=True)[0].shape[:3] == (count, 12, 12)
     for name in os.listdir("set"):
@@ -181,6 +183,11 @@ def test_of_several_runs_one_decodes(monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(3) as runs:
         made = [*runs.map(lambda _: load_images("set", "cache", 8).images, range(3))]
     assert len(found) == count and all(np.array_equal(made[0], other) for other in made)
+    with monkeypatch.context() as patch:  # what is decoded waits for no other run
+        patch.setattr(common.data, "locked", None)
+        assert np.array_equal(load_images("set", "cache", 8).images, made[0])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: argparse.Namespace(free=10))
+    refused(load_images, "set", "cache", 9, says="GiB are needed")
 
 
 def test_channels_that_are_no_transparency_are_resized_alone():
