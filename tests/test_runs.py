@@ -898,7 +898,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--seed=-1", "--seed -1: must be a whole number of at least 0"), ("--clip 0", "above 0"),
         ("--ite 4", "--ite 4"), ("--device tpu", ("--device tpu", "cuda")), ("--accum 3", ("--batch 64", "63 does")),
         ("--out file/in", "--out file/in: cannot be written"), ("--out /proc/no", "--out /proc/no: cannot be written"),
-        ("--interpolant cosine", ("--interpolant cosine", "linear, vp, gvp, ve, bridge")), ("--vae no", "no such file"),
+        ("--interpolant cosine", ("--interpolant cosine", "linear, vp, gvp, ve, bridge")), ("--vae no", "--cache_latents"),
         ("--prediction eps", "velocity, data, noise, score"), ("--interpolant ve --prediction noise", "precondition"),
         ("--label_dropout 1.5", "--label_dropout 1.5: must be a number of at least 0 and at most 1"),
         ("--model SiT-H/2", ("--model SiT-H/2", "SiT-SIZE/PATCH")), ("--model SiT-XXS/0", "--model SiT-XXS/0"),
