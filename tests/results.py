@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.data import draw_digits  # noqa: E402
 from common.files import save_file  # noqa: E402
-from common.images import draw_curves, grid, save_picture, stack_rows  # noqa: E402
+from common.images import draw_curves, grid, save_picture, side_by_side, stack_rows  # noqa: E402
 from common.run import Parser, UserError, code_commit, command, number  # noqa: E402
 from distill import OBJECTIVES  # noqa: E402
 from flow_map import DATA_FREE, ROWS as MAPS  # noqa: E402
@@ -83,6 +83,8 @@ SUMMARY = ("linear teacher", "sid, 360 s", "sid, 4 steps, 360 s", "map lagrange,
            "map for 1/1.5, then sid, 360 s")  # of the README
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
+PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
+          ("map for 1/3, then sid, 360 s", "1"), ("map for 1/3, then sid, 360 s", "4"))  # of assets/flow_map.png
 LINEAR = teacher("--interpolant linear")
 MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progressive": "--stage_iters 85"}
 
@@ -393,6 +395,21 @@ def draw_seconds(records):
     return draw_curves({name: lines[name] for name in best}, "seconds of training, one core", "score") if best else None
 
 
+def draw_best(records, out):
+    """The same sixty samples by `sid`, `lagrange` and one after the other, seed 0, where they were made -> a picture or
+    None."""
+    panels, captions = [], []
+    for name, label in PANELS:
+        path = out / place_of(name, 0) / f"{label}.npz"
+        record = [r for r in records if (r["row"], r["seed"]) == (name, 0)]
+        if not path.exists() or not record:
+            return None
+        with np.load(path) as npz:
+            panels.append(grid(npz["arr_0"][:60], 10, 1))
+        captions.append([name, f"{label} step{'s' * (label > '1')}: {record[0]['scores'][label]['frechet']:.1f}"])
+    return side_by_side(panels, captions)
+
+
 def draw_sheet(out):
     """The contact sheet: ten samples of each family (rows) and objective (columns) at equal budget, where they were
     made -> a picture or None."""
@@ -422,7 +439,8 @@ def main():
                         "for trying things out")
     parser.add_argument("--list", action="store_true", help="print the rows and which seeds are done")
     parser.add_argument("--write", action="store_true", help="write the tables of docs/results.md and README.md")
-    parser.add_argument("--pictures", action="store_true", help="draw assets/seconds.png and sheet.png")
+    parser.add_argument("--pictures", action="store_true", help="draw assets/seconds.png, flow_map.png and "
+                        "sheet.png")
     args = parser.parse_args()
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         raise UserError(f"--seeds {args.seeds}: give whole numbers such as 0,1,2")
@@ -439,8 +457,9 @@ def main():
         records = read_records(args.records)
         for page in (ROOT / "README.md", ROOT / "docs/results.md") if args.write else ():
             page.write_text(write(records, page.read_text()))
-        for name, picture in (("seconds.png", draw_seconds(records)), ("sheet.png", draw_sheet(
-                pathlib.Path(args.out)))) if args.pictures else ():
+        out = pathlib.Path(args.out)
+        for name, picture in (("seconds.png", draw_seconds(records)), ("flow_map.png", draw_best(records, out)),
+                              ("sheet.png", draw_sheet(out))) if args.pictures else ():
             if picture is not None:
                 print(f"wrote {save_picture(ROOT / 'assets' / name, picture)}")
     elif not pathlib.Path(args.data).is_file():

@@ -9,8 +9,8 @@ import pytest
 import results
 from common.run import UserError
 from conftest import ROOT
-from results import (WRITES, Runner, call, draw_seconds, draw_sheet, make_rows, place_of, read_records, record_path,
-                     summary, table, write)
+from results import (PANELS, WRITES, Runner, call, draw_best, draw_seconds, draw_sheet, make_rows, place_of,
+                     read_records, record_path, summary, table, write)
 
 
 def test_every_row_is_made_of_flags_that_the_scripts_take(monkeypatch):
@@ -57,6 +57,19 @@ def test_the_sheet_shows_what_was_made(tmp_path):
     picture = draw_sheet(tmp_path)
     dark = np.argwhere((picture[18:, 60:] < 9).all(2))  # below and beside the captions
     assert len(dark) == 10 * 28 * 28 and dark[:, 0].min() > picture.shape[0] / 5
+
+
+def test_the_best_are_drawn_with_their_scores(tmp_path):
+    for name, label in PANELS:
+        put_record(tmp_path / "r", name, "objectives", 0, 20)
+        record = json.loads(record_path(tmp_path / "r", name, 0).read_text())
+        record["scores"] = {"1": {"frechet": 20}, "4": {"frechet": 9}}
+        record_path(tmp_path / "r", name, 0).write_text(json.dumps(record))
+        assert draw_best(read_records(tmp_path / "r"), tmp_path) is None
+        (tmp_path / place_of(name, 0)).mkdir(exist_ok=True)
+        np.savez(tmp_path / place_of(name, 0) / f"{label}.npz", arr_0=np.zeros((60, 28, 28, 1), np.uint8))
+    picture = draw_best(read_records(tmp_path / "r"), tmp_path)
+    assert (picture[:192] < 9).all(2).sum() == 5 * 60 * 28 * 28
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
