@@ -64,7 +64,7 @@ def gap_loss(D, e, kappa=1.0, weight=1.0):
 
 WEIGHTS = {  # w (B,1,1,1) of the samples x0, the teacher's guess x0_star of them, and the times t
     "uniform": lambda x0, x0_star, t: torch.ones_like(x0[:, :1, :1, :1]),
-    # 1 / mean|x0 - x0*| (SiD, arXiv:2404.04057, eq. 24; DMD's, arXiv:2311.18828, eq. 8, has alpha_t in front of it)
+    # 1 / mean|x0 - x0*| (SiD, arXiv:2404.04057, eq. 24; the code of DMD2, arXiv:2405.14867)
     "l1": lambda x0, x0_star, t: 1 / (x0 - x0_star).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-4),
 }
 
@@ -411,6 +411,20 @@ def configure(args, config, start):
     return config
 
 
+def save_student(path, args, config, step, averages):
+    first, *others = [net.state_dict() for net in averages]
+    save_checkpoint(path, {"config": config, "step": step, "commit": code_commit(), "ema": first, "decays": args.ema,
+                           "other_averages": others})
+
+
+def save_copy(out, args, config, step, averages):
+    """The student under a name of its own; of older ones --keep stay, and every tenth."""
+    save_student(out / f"student_one_step_{step:07d}.pth", args, config, step, averages)
+    for old in sorted(out.glob("student_one_step_*.pth"))[:-args.keep or None] if args.keep else ():
+        if int(old.stem[-7:]) % (10 * args.save_every):
+            old.unlink()
+
+
 def draw_picture(path, rows, decode, config, labels):
     """What Watched.rows has shown -> path."""
     images = [to_uint8(decode(x) if decode else x) for x in rows]
@@ -459,17 +473,9 @@ def main():
         content = {"flags": vars(args), "step": step, "commit": code_commit(), **made_with, **players.state()}
         if run.rank == 0:
             save_checkpoint(run.out / "resume.pt", content)
-            save_student(run.out / "student.pt", step)
+            save_student(run.out / "student.pt", args, config, step, averages)
             if step % args.save_every == 0:
-                save_student(run.out / f"student_one_step_{step:07d}.pth", step)
-                for old in sorted(run.out.glob("student_one_step_*.pth"))[:-args.keep or None] if args.keep else ():
-                    if int(old.stem[-7:]) % (10 * args.save_every):
-                        old.unlink()
-
-    def save_student(path, step):
-        first, *others = [net.state_dict() for net in averages]
-        save_checkpoint(path, {"config": config, "step": step, "commit": code_commit(), "ema": first,
-                               "decays": args.ema, "other_averages": others})
+                save_copy(run.out, args, config, step, averages)
 
     def picture(step):
         if run.rank == 0:
@@ -551,7 +557,7 @@ def main():
             ema_update(average, G.net, decay, step)
         run.report(step, save, picture, facts)
     if run.rank == 0:
-        save_student(run.out / "student.pt", step)
+        save_student(run.out / "student.pt", args, config, step, averages)
         print(f"wrote {run.out / 'student.pt'}")
 
 

@@ -571,9 +571,8 @@ def conclude(args, sides, results, ruler, world):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "scipy": scipy.__version__, "pillow": PIL.__version__}
     about = {"weights": ruler.weights, "weights_sha256": ruler.sha256, "resize": ruler.resize if ruler.net else None,
-             "versions": versions,
-             "dtype": "float32, moments and distances float64", "device": str(ruler.device), "processes": world,
-             "batch": args.batch, "commit": code_commit()}
+             "versions": versions, "dtype": "float32, moments and distances float64", "device": str(ruler.device),
+             "processes": world, "batch": args.batch, "commit": code_commit()}
     sources = describe_sides(args, sides)
     for role in sides:
         sources[role.lower()]["pixels_sha256"] = results[role].get("pixels")

@@ -432,9 +432,10 @@ def main():
                 with alone(), writing(out):
                     for i, image in enumerate(mine, rows.start):
                         as_pillow(image).save(out / f"{i:06d}.png")
-        parts = [mine if truth is not None or not folder else None]  # a folder's are on the disk
+            mine = mine if truth is not None or not folder else None  # a folder's are on the disk
+        parts = [mine]
         if world > 1:
-            mine, parts = parts[0], [None] * world if rank == 0 else None
+            parts = [None] * world if rank == 0 else None
             dist.gather_object(mine, parts)
         if rank == 0:
             images += [part for part in parts if part is not None]

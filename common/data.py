@@ -1,5 +1,6 @@
 """Data sets, folders, what bridges start from, and batches of them: every source becomes one uint8 array."""
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import io
@@ -179,9 +180,9 @@ def list_folder(folder):
     return files, labels.astype(np.int64) if names else None, classes.tolist()
 
 
-def first_side(folder, files, skip_broken):
+def first_side(folder, files):
     """The shorter side of the first image that can be read."""
-    for file in files if skip_broken else files[:1]:
+    for file in files:
         try:
             return min(read_image(f"--data {folder}", file).shape[:2])
         except UserError as error:
@@ -189,52 +190,27 @@ def first_side(folder, files, skip_broken):
     raise problem
 
 
-def read_folder(folder, size, data_dir, skip_broken=False, say=print, waited=False):
+def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     """Class subfolders or one flat folder of images -> memmap (N,size,size,3), of grey images alone (N,size,size,1),
     labels or None, names of the classes. Decoded once; the next run with the same files, size and data_dir finds the
     result by a fingerprint of names, lengths and times."""
-    files, labels, classes = list_folder(folder)
-    size = size or first_side(folder, files, skip_broken)
+    listed = files, _, classes = list_folder(folder)
+    size = size or first_side(folder, files)
     listing = repr([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size])
     name = f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     cache = pathlib.Path(data_dir, name)
-    record = read_record(cache.with_suffix(".json"))
-    try:
-        images = np.load(cache, mmap_mode="r")
-        whole = "changed" in record and images.dtype == np.uint8 and images.shape[:3] == (len(files), size, size)
-    except Exception:  # not there, or damaged in any way: decode again
-        whole = False
-    if not whole and not waited:
+
+    def find():  # None where it is not there, or damaged in any way
+        record = read_record(cache.with_suffix(".json"))
+        with contextlib.suppress(Exception):
+            images = np.load(cache, mmap_mode="r")
+            if "changed" in record and images.dtype == np.uint8 and images.shape[:3] == (len(files), size, size):
+                return record
+    record = find()
+    if record is None:
         check_writable("--data_dir", data_dir)
         with locked(cache.parent):  # of several runs one decodes, the others find what it left
-            return read_folder(folder, size, data_dir, skip_broken, say, waited=True)
-    if not whole:
-        part, kept, tell = cache.with_suffix(".part"), [], progress(say, "decoding")
-        headers = [image_header(file) for file in files]  # (width, height, grey)
-        channels = 1 if all(grey for _, _, grey in headers) else 3
-        part.unlink(missing_ok=True)  # of a run cut off
-        check_writable("--data_dir", data_dir, len(files) * size * size * channels)
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), size, size, channels))
-        broken = []
-        for i, file in enumerate(files):
-            try:
-                images[len(kept)] = read_image(f"--data {folder}", file, size)[..., :channels]
-                kept.append(int(labels[i]) if classes else 0)
-            except UserError as error:
-                broken.append(str(error))
-            tell(i + 1, len(files))
-        images.flush()
-        del images  # closed: Windows moves and deletes no file that is open
-        if not kept:
-            part.unlink()
-            raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
-        cropped, resized = (sum(test(*h) for h in headers) for test in (
-            lambda width, height, _: width != height, lambda width, height, _: min(width, height) != size))
-        record = {"labels": kept, "classes": classes, "source": str(folder), "broken": broken, "changed":
-                  f"{len(kept)} images, {cropped} cropped to their centre, {resized} resized to {size}x{size}, "
-                  + ("all grey: one channel" if channels == 1 else "three channels")}
-        write_record(cache.with_suffix(".json"), record)
-        part.replace(cache)
+            record = find() or decode_folder(folder, listed, size, cache, say)
     broken = record.get("broken", ())
     if broken and not skip_broken:  # what is whole is kept for the run that asks for it
         raise UserError(f"{broken[0]}; mend or delete it{f' and {len(broken) - 1} more' * (len(broken) > 1)}, or add "
@@ -243,7 +219,38 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print, waited=Fal
         say(f"skipped {error}")
     say(f"{folder}: {record['changed']}")
     images = np.load(cache, mmap_mode="r")[:len(record["labels"])]
-    return images, np.array(record["labels"], np.int64) if record["classes"] else None, record["classes"]
+    return images, np.array(record["labels"], np.int64) if classes else None, classes
+
+
+def decode_folder(folder, listed, size, cache, say):
+    """The images into the file `cache` -> their record, which is put beside it."""
+    files, labels, classes = listed
+    part, kept, broken, tell = cache.with_suffix(".part"), [], [], progress(say, "decoding")
+    headers = [image_header(file) for file in files]  # (width, height, grey)
+    channels = 1 if all(grey for _, _, grey in headers) else 3
+    part.unlink(missing_ok=True)  # of a run cut off
+    check_writable("--data_dir", cache.parent, len(files) * size * size * channels)
+    images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), size, size, channels))
+    for i, file in enumerate(files):
+        try:
+            images[len(kept)] = read_image(f"--data {folder}", file, size)[..., :channels]
+            kept.append(int(labels[i]) if classes else 0)
+        except UserError as error:
+            broken.append(str(error))
+        tell(i + 1, len(files))
+    images.flush()
+    del images  # closed: Windows moves and deletes no file that is open
+    if not kept:
+        part.unlink()
+        raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
+    cropped, resized = (sum(test(*h) for h in headers) for test in (
+        lambda width, height, _: width != height, lambda width, height, _: min(width, height) != size))
+    record = {"labels": kept, "classes": classes, "source": str(folder), "broken": broken, "changed":
+              f"{len(kept)} images, {cropped} cropped to their centre, {resized} resized to {size}x{size}, "
+              + ("all grey: one channel" if channels == 1 else "three channels")}
+    write_record(cache.with_suffix(".json"), record)
+    part.replace(cache)
+    return record
 
 
 def read_latents(directory):

@@ -253,7 +253,8 @@ def unroll(t, r, mu):
 
 @torch.no_grad()
 def limit(args):
-    """Samples of maps that have learnt all that `lagrange` asks of them, in several steps and of several mu."""
+    """Samples of maps that have learnt all that `lagrange` asks of them, in several steps and of several mu, for a
+    teacher that starts from noise."""
     net, config = load_model(args.ckpt)
     problem, n, batch = problem_of(config), args.images, args.batch
     y, x1 = torch.as_tensor(choose_labels("balanced", n, config)), first_noise(net, config, 1, range(n))
