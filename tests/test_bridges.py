@@ -239,6 +239,7 @@ def test_every_reference_trains_distills_and_restores(run, trained, tmp_path, re
         assert "arr_1" not in found if flags else list(found["arr_1"][:5]) == [0, 1, 2, 3, 0]
     if not flags:  # --labels goes before the file's own
         assert set(sampled("data.npz", "--ckpt", student, "--labels", 2)["arr_1"]) == {2}
+        assert list(sampled("x1.npz", "--ckpt", student, "--labels", "balanced")["arr_1"][:5]) == [0, 1, 2, 3, 0]
     assert "arr_1" not in sampled("x1.npz", "--ckpt", student)  # the null class is nobody's label
     x1, pairs = (sampled(source, "--ckpt", student)["arr_0"] for source in ("x1.npz", "pairs.npz"))
     assert (x1 == pairs).all()  # of a pair, x1 is what is restored

@@ -14,6 +14,7 @@ import common.data
 import fid
 from common.data import draw_digits
 from common.images import resize_images
+from common.run import UserError
 from conftest import inception_weights
 from fid import Moments, Ruler, coverage, frechet, inception_input, inception_score, kernel_distance, precision_recall
 from score import open_classifier, score, train_classifier
@@ -306,6 +307,14 @@ def test_gray_images_and_mixed_sizes(record, quick):
     assert pixels[0] != pixels[1] == pixels[2] and cropped["samples"]["image_size"] == 9
 
 
+def test_a_number_that_cannot_be_kept_is_still_told(script, quick, monkeypatch):
+    def full(path, record):
+        raise UserError(f"--json {path}: no space left")
+    monkeypatch.setattr(fid, "save_json", full)
+    code, out, err = script("fid", "a.npz", "b.npz", *quick, "--json", "full.json")
+    assert code == 2 and out.startswith("fid@") and "no space left" in err
+
+
 def test_all_metrics_and_a_complete_record(record, quick, monkeypatch):
     monkeypatch.setattr(fid.kernel_distance, "__defaults__", (5, 30, 0))
     for name in "ab":
@@ -363,6 +372,13 @@ def test_a_sweep_is_a_table_that_goes_on(script, refused, record, quick, small_t
                       "labels=random")[0] == 0
         assert len(passes) == new
     assert script("fid", *flags, "--cfg_interval", 0.2, 0.8, "--json", "t.json", "--sweep", "cfg_scale=2,3")[0] == 0
+    one, again = pathlib.Path("t.json").read_bytes(), fid.measure
+    pathlib.Path("t.json").unlink()
+    with monkeypatch.context() as patch:  # another sweep writes its rows while this one measures
+        patch.setattr(fid, "measure", lambda *rest: pathlib.Path("t.json").write_bytes(one) and again(*rest))
+        assert script("fid", *flags, "--steps", 3, "--json", "t.json", "--sweep", "seed=7")[0] == 0
+    kept = json.loads(pathlib.Path("t.json").read_text())["sweep"]
+    assert [r["flags"] for r in kept] == [{"cfg_scale": "2"}, {"cfg_scale": "3"}, {"seed": "7"}]
     copy = pathlib.Path("copy.pt")
     copy.write_bytes(small_teacher.read_bytes())
     assert script("fid", copy, *flags[1:], "--sweep", "steps=1")[0] == 0 and pathlib.Path("copy_sweep.json").exists()

@@ -283,5 +283,10 @@ def test_caches_that_do_not_fit(run, refused, folder):
             ((*FOLDER, "--data", "broken", "--cache_latents", "c3"), "bad.png"),
             (("--data", "part"), "incomplete")):
         refused(*TRAIN, "--fresh", "--iters", 1, *flags, says=says)
+    refused(*TRAIN, "--fresh", "--data", "cache", "--interpolant", "bridge", "--reference", "noise0.5",
+            says=("--reference noise0.5", "bridges between latents"))
+    refused("distill", *SMALL[2:], "--data", "images", "--gan_weight", 0.1, "--data_dir", "decoded",
+            says=("--data images", "pixels", "makes latents"))
+    assert not pathlib.Path("decoded").exists()  # refused before it decodes them
     shutil.copy(sorted(pathlib.Path("images").rglob("*.png"))[0], "broken/a/bad.png")  # mended, the encoding goes on
     run(*TRAIN, "--fresh", *FOLDER, "--iters", 1, "--data", "broken", "--cache_latents", "c3")
