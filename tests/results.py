@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import draw_digits  # noqa: E402
-from common.files import save_file  # noqa: E402
+from common.files import file_sha256, locked, save_file  # noqa: E402
 from common.images import draw_curves, grid, save_picture, side_by_side, stack_rows  # noqa: E402
 from common.run import Parser, UserError, code_commit, command, number  # noqa: E402
 from distill import OBJECTIVES  # noqa: E402
@@ -53,9 +53,8 @@ class Stage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """group: of docs/results.md. stages: the last is scored. samples: label -> flags of sample.py; None in their place
-    scores real images that no teacher has seen. n: samples, where these flags do not say otherwise. data: what they are
-    scored against."""
+    """group: of docs/results.md. stages: the last is scored. samples: label -> flags of sample.py, or without stages a
+    file. n: samples, where these flags do not say otherwise. data: what they are scored against."""
     group: str
     stages: tuple
     samples: dict
@@ -91,7 +90,7 @@ MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progress
 
 def make_rows():
     """name -> Row. Groups are those of docs/results.md."""
-    rows = {"real images": Row("families", (), {"held out": None})}
+    rows = {"real images": Row("families", (), {"held out": "{held_out}", "2000 of them": "{some_held_out}"})}
     for path in SHEET:
         usual = "data" if path == "vp" else "velocity"  # its DDPM's noise prediction wants a larger network
         own = teacher(f"--interpolant {path}" + " --prediction data" * (path == "vp"))
@@ -145,10 +144,12 @@ def make_rows():
         rows[f"vp map {name}"] = Row("vp", (vp, flow_map(name)), STEPS)
 
     for name, flags in {
-            "original project": "--objective cross --k_psi 5 --lr 1e-5 --critic_lr 1e-5 --t_init 1",
-            "RealUID": "--objective gap --data {data} --real_alpha 0.94 --real_beta 0.96 --k_psi 5 --lr 3e-5",
+            "original project": "--objective cross --k_psi 5 --reuse_samples --lr 1e-5 --critic_lr 1e-5 --t_init 0.5",
+            "RealUID": "--objective gap --data {data} --real_alpha 0.94 --real_beta 0.96 --k_psi 5 --lr 3e-5 "
+                       "--critic_lr 3e-5",
             "SiD": "--objective sid --lr 1e-5 --critic_lr 1e-5",
-            "DMD2": "--objective dmd --data {data} --gan_weight 3e-3 --gan_critic_weight 1e-2 --k_psi 5 --lr 5e-5",
+            "DMD2": "--objective dmd --data {data} --gan_weight 3e-3 --gan_critic_weight 1e-2 --k_psi 5 --lr 2e-6 "
+                    "--critic_lr 2e-6 --t_init 0.988",
     }.items():
         rows[f"as published: {name}"] = Row("recipes", (LINEAR, student(flags)), ONE)
     rows["as published: MeanFlow"] = Row("recipes", (LINEAR, flow_map("meanflow", "--lr 1e-4")), STEPS)
@@ -162,7 +163,7 @@ def make_rows():
     for reference in ("lowres4", "inpaint", "jpeg10", "{digits}"):
         bridge = teacher(f"--interpolant bridge --reference {reference}")
         pairs, name = reference != "{digits}", reference.strip("{}")
-        start = "--reference {held_out} --degrade" if pairs else "--reference {digits}"
+        start = "--reference {held_out} --degrade" if pairs else "--reference {digits} --labels balanced"
         tail = () if pairs else ("--units data --objective sid",)
         rows[f"{name} teacher"] = Row("bridges", (bridge,), {"50": start})
         rows[f"{name} student"] = Row("bridges", (bridge, student(*tail)), {"1": start})
@@ -221,14 +222,18 @@ class Runner:
         self.args, self.out = args, pathlib.Path(args.out).resolve()
         self.locks, self.guard = {}, threading.Lock()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.names = {"data": pathlib.Path(args.data).resolve(), "digits": self.out / "digits.npz",
-                      "held_out": self.out / "held_out.npz"}
+        self.names = {"data": pathlib.Path(args.data).resolve(),
+                      **{name: self.out / f"{name}.npz" for name in ("digits", "held_out", "some_held_out")}}
+        mark, sha256 = self.out / "data.sha256", file_sha256(self.names["data"])
+        if mark.exists() and mark.read_text() != sha256:
+            raise UserError(f"--out {args.out}: holds what was made from other data; give another folder")
+        mark.write_text(sha256)
         with np.load(args.data) as npz:
             if "x_test" not in npz:
                 raise UserError(f"--data {args.data}: holds no x_test, which no teacher sees; give MNIST's mnist.npz")
             order = np.random.default_rng(0).permutation(len(npz["x_test"]))[:10000]
-            held = {"images": npz["x_test"][order], "labels": npz["y_test"][order]}
-        save_file(self.names["held_out"], lambda f: np.savez(f, **held))
+            for name, rows in (("held_out", order), ("some_held_out", order[:2000])):
+                save_file(self.names[name], lambda f: np.savez(f, images=npz["x_test"][rows], labels=npz["y_test"][rows]))
         images, _ = draw_digits(10000, 28)
         save_file(self.names["digits"], lambda f: np.savez(f, images=images))
 
@@ -240,9 +245,8 @@ class Runner:
         folder = self.out / f"{stage.script}_{key}"
         with self.guard:
             lock = self.locks.setdefault(key, threading.Lock())
-        with lock:
+        with lock, locked(folder):  # by threads of this run and by other runs
             if not (folder / "done.json").exists():
-                folder.mkdir(exist_ok=True)
                 job = stage.script.replace("train_", "")
                 for old in (f"{job}.json", "out.txt"):
                     (folder / old).unlink(missing_ok=True)
@@ -254,9 +258,12 @@ class Runner:
                 began = time.time()
                 used = call(words, folder / "out.txt", budget, folder / f"{job}.json")
                 done = re.findall(r"stopped after iteration (\d+)", (folder / "out.txt").read_text())
+                if bool(done) != bool(budget):
+                    raise RuntimeError(f"{' '.join(words)}: ended before its budget did, see {folder / 'out.txt'}")
                 log = folder / "log.jsonl"
                 lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-                cost = {"script": stage.script, "flags": stage.flags, "cpu_seconds": used,
+                cost = {"script": stage.script, "flags": stage.flags, "cpu_seconds": used, "commit": code_commit(),
+                        "preload": pathlib.Path(os.environ.get("LD_PRELOAD", "")).name,
                         "wall_seconds": time.time() - began, "iterations": int(done[-1]) if done else iters,
                         **{k: lines[-1][k] for k in ("images_per_second", "memory_mib") if lines}}
                 save_file(folder / "done.json", lambda f: f.write(json.dumps(cost).encode()))
@@ -271,10 +278,11 @@ class Runner:
         place.mkdir(exist_ok=True)
         files = []
         for label, flags in row.samples.items():
-            files.append(self.names["held_out"] if flags is None else place / f"{label.replace(' ', '_')}.npz")
+            files.append(place / f"{label.replace(' ', '_')}.npz" if row.stages else
+                         pathlib.Path(flags.format(**self.names)))
             log = files[-1].with_suffix(".txt")
             log.unlink(missing_ok=True)
-            if flags is not None:
+            if row.stages:
                 words = ["sample.py", "--ckpt", str(folders[-1] / WRITES[row.stages[-1].script]), "--n",
                          str(max(50, round(row.n * min(1, self.args.scale)))), "--seed", "1", "--batch", "50",
                          "--device", "cpu", *(word.format(**self.names) for word in flags.split())]
@@ -290,7 +298,8 @@ class Runner:
         info = pathlib.Path("/proc/cpuinfo")
         cpu = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        record = {"row": name, "group": row.group, "seed": seed, "scores": scores, "commit": code_commit(),
+        record = {"row": name, "group": row.group, "seed": seed, "scores": scores, "samples": row.samples,
+                  "commit": code_commit(),
                   "stages": [json.loads((f / "done.json").read_text()) for f in folders],
                   "versions": versions,
                   "machine": f"{cpu[0] if cpu else platform.machine()}, {os.cpu_count()} cores, one thread a job"}

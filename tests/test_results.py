@@ -23,10 +23,10 @@ def test_every_row_is_made_of_flags_that_the_scripts_take(monkeypatch):
             importlib.import_module(stage.script).parse_flags()
             made.append(WRITES[stage.script])
         for flags in row.samples.values():
-            if flags is not None:
+            if row.stages:
                 monkeypatch.setattr("sys.argv", ["sample", "--ckpt", made[-1], *flags.format(**names).split()])
                 importlib.import_module("sample").parse_flags()
-        assert row.stages or row.samples == {"held out": None}, name
+        assert row.stages or name == "real images"
 
 
 def put_record(folder, name, group, seed, value, seconds=(900, 360)):
@@ -98,7 +98,7 @@ def test_rows_run_once_and_go_on(script, tmp_path, monkeypatch):
         small = ["--model", "SiT-XXS/7"] * (words[0] == "train_teacher.py") + ["--iters", "2"] * bool(budget)
         code, said, err = script(words[0].split("/")[-1][:-3], *words[1:], *small)
         assert code == 0, err
-        log.write_text(said)
+        log.write_text(said + "stopped after iteration 2" * bool(budget and budget[0]))
         return 1
     monkeypatch.setattr(results, "call", call)
     monkeypatch.setattr(results, "draw_digits", lambda n, size: (x, y))
