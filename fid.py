@@ -338,14 +338,14 @@ def open_source(role, name, args, device, size=None):
     return choose_some(found, limit(role, args))
 
 
-def open_sides(args, device, rank, swept=None):
+def open_sides(args, device, swept=None):
     """-> {role: Source}. A data set takes the side of the checkpoint that it stands beside. swept: flags of SAMPLES."""
     names, sides, size = {"SAMPLES": args.samples, "REFERENCE": args.reference}, {}, None
     for role in sorted(filter(names.get, names), key=lambda role: names[role] in DATA_SETS):
         flags = swept or args if role == "SAMPLES" else args
         if "SAMPLES" in sides and sides["SAMPLES"].record["kind"] == "checkpoint":  # whose flags these are
             flags = argparse.Namespace(**{**vars(args), **PLAIN})
-        sides[role] = in_turn(lambda: open_source(role, names[role], flags, device, size), rank)
+        sides[role] = in_turn(lambda: open_source(role, names[role], flags, device, size))
         if sides[role].record["kind"] == "checkpoint":
             size = sides[role].record["image_size"]
     return {role: sides[role] for role in names if role in sides}
@@ -667,11 +667,11 @@ def sweep(args, combinations, sides, measured, ruler, rank, world):
     """Measure SAMPLES in every combination of --sweep that args.json does not hold yet, REFERENCE at most once; print
     the table. measured(role, side) is a pass over one side."""
     def open_samples(flags):
-        return in_turn(lambda: open_source("SAMPLES", args.samples, flags, ruler.device), rank)
+        return in_turn(lambda: open_source("SAMPLES", args.samples, flags, ruler.device))
 
     for _, flags in combinations:  # a mistake in the last one is told before the first is measured
         check_side("SAMPLES", open_samples(flags), args)
-    records, others, notes = first_process(lambda: read_sweep(args.json), rank), None, []
+    records, others, notes = first_process(lambda: read_sweep(args.json)), None, []
     widths = [max(len(flag), *(len(chosen[flag]) for chosen, _ in combinations)) for flag in combinations[0][0]]
     widths += [24 if metric in ("is", "kid") else 12 for metric in args.metrics]
 
@@ -698,7 +698,7 @@ def sweep(args, combinations, sides, measured, ruler, rank, world):
                                   {**known, "flags": chosen, **found}]
                     save_json(args.json, {"sweep": records})
                 return records[-1]
-            record = first_process(finish, rank)
+            record = first_process(finish)
         if rank == 0:
             cells = [describe(metric, record, sides) for metric in args.metrics]
             print_row([*chosen.values(), *(value for _, value, _ in cells)])
@@ -761,7 +761,7 @@ def parse_flags():
 def main():
     args, sampling, combinations = parse_flags()
     rank, world, device = start_processes(args.device)
-    sides = open_sides(args, device, rank, combinations[0][1] if combinations else None)
+    sides = open_sides(args, device, combinations[0][1] if combinations else None)
     if sampling and not any(side.record["kind"] == "checkpoint" for side in sides.values()):
         raise UserError(f"--{sampling[0]} {getattr(args, sampling[0])}: is for samples of a checkpoint, which neither "
                         "side is; leave it out")
@@ -772,7 +772,7 @@ def main():
                         "out")
     needs, ruler = {role: check_side(role, sides[role], args) for role in sides}, Ruler(None, args.resize, device)
     if any(needs.values()):
-        weights, sha256 = in_turn(lambda: find_weights(args.weights, args.data_dir), rank)
+        weights, sha256 = in_turn(lambda: find_weights(args.weights, args.data_dir))
         ruler = Ruler(load_inception(weights, device), args.resize, device, weights, sha256)
     check_rulers(sides, ruler)
 
@@ -782,7 +782,7 @@ def main():
     if combinations:
         return sweep(args, combinations, sides, measured, ruler, rank, world)
     results = {role: measured(role, sides[role]) for role in reversed(sides)}  # what may be broken before what is made
-    first_process(lambda: report(args, conclude(args, sides, results, ruler, world), sides), rank)
+    first_process(lambda: report(args, conclude(args, sides, results, ruler, world), sides))
 
 
 if __name__ == "__main__":

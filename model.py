@@ -137,7 +137,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        # Forwards in float32: data are a noise prediction divided by alpha, off by 0.08 near t = 1 if bf16 rounds it.
+        # Never in bf16: data are a noise prediction divided by alpha, off by 0.08 near t = 1 if that rounds it.
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.adaLN_modulation(c).chunk(2, 1)
             return self.linear(modulate(self.norm_final(x), shift, scale))  # (B,T,D) -> (B,T,p*p*C)
@@ -159,9 +159,6 @@ class SiT(nn.Module):
                                    ("num_classes", num_classes, 0), ("reference_channels", reference_channels, 0)):
             if not isinstance(value, int) or not least <= value <= 1e9:
                 raise ValueError(f"{name} {value!r:.40}")
-        if image_size % patch:
-            raise UserError(f"image size {image_size} is not a multiple of the patch size {patch}: "
-                            f"use {image_size // patch * patch or patch} or another patch")
         self.patch, self.channels, self.num_classes, self.time_scale = patch, channels, num_classes, time_scale
         self.grad_checkpoint = False  # set it to keep only the blocks' inputs for the backward pass
         self.width, self.reference_channels, self.reverse_time = width, reference_channels, reverse_time

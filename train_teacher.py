@@ -15,8 +15,8 @@ from common.autoencoder import cache_latents, check_autoencoder, load_autoencode
 from common.data import Stream, holds_latents, load_images, load_pairs, load_reference
 from common.files import load_checkpoint, save_checkpoint
 from common.images import DEGRADATIONS, save_curves, save_picture, stack_rows
-from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
-                        one_of, put_in_training)
+from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, in_turn,
+                        number, one_of, put_in_training)
 from interpolants import FAMILIES, PREDICTIONS, Batch, Problem, Sampler, family, preconditioning, regression_loss
 from model import build_model, ema_update, frozen_copy, load_weights, parse_name
 from sample import choose_labels, column_names, generate
@@ -115,7 +115,7 @@ def open_data(args, run):
     """-> Images, Reference or None, and the autoencoder or None. The first process downloads, decodes or encodes; the
     others find the result."""
     if args.pairs:
-        return run.in_turn(lambda: load_pairs(args.pairs, args.interpolant)), None, None
+        return in_turn(lambda: load_pairs(args.pairs, args.interpolant)), None, None
     autoencoder, sha256 = load_autoencoder(args.vae, run.device) if args.vae else (None, None)
     if args.cache_latents:
         whole = autoencoder.factor * parse_name(args.model)[1]
@@ -124,8 +124,8 @@ def open_data(args, run):
                             f"patches of --model {args.model} reduce it")
         data = cache_latents(args, autoencoder, sha256, run)
     else:
-        data = run.in_turn(lambda: load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken,
-                                               run.say))
+        data = in_turn(lambda: load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken,
+                                           run.say))
     data = data.without_labels() if args.unconditional else data
     data, patch = data._replace(flip=args.flip and not data.latent), parse_name(args.model)[1]
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
@@ -135,7 +135,7 @@ def open_data(args, run):
                            f"{max(patch, data.side // patch * patch)} or ") + "choose another patch")
     if args.reference in (None, "noise"):
         return data, None, autoencoder
-    reference = run.in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
+    reference = in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
     if reference.kind == "unpaired" and args.prediction not in (None, "data"):
         raise UserError(f"--prediction {args.prediction}: an unpaired bridge is sampled by its posterior, which needs "
                         "the data prediction; leave it out")
@@ -176,8 +176,9 @@ def main():
                         f"{max(pairs, args.batch // pairs * pairs)} does")
     state = run.resume("teacher.pt", lambda path: load_checkpoint(path, mapped=True), ("model", "ema", "optimizer"))
     data, reference, autoencoder = open_data(args, run)
-    fingerprint = data.fingerprint()
-    run.check_same("data", fingerprint, state and state.get("data"))
+    made_with = {"data": data.fingerprint(), "reference": reference and reference.fingerprint()}
+    for flag, now in made_with.items():
+        run.check_same(flag, now, state and state.get(flag))
     problem = Problem(family(args.interpolant, args.gamma_scale), args.prediction or FAMILIES[args.interpolant].predict,
                       reference is not None)
     config, device = configure(args, problem, data, reference), run.device
@@ -204,7 +205,7 @@ def main():
         moments = v.moments()
         if run.rank == 0:
             save_checkpoint(run.out / "teacher.pt", {
-                "config": config, "flags": vars(args), "step": step, "commit": code_commit(), "data": fingerprint,
+                "config": config, "flags": vars(args), "step": step, "commit": code_commit(), **made_with,
                 "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": moments})
 
     def picture(step):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from common.data import LATENT_SCALE, list_folder, load_images, read_latents
 from common.files import file_sha256, load_checkpoint, read_record, reading, write_record
 from common.images import read_image, to_device
-from common.run import UserError, alone, check_writable, first_process, progress, wait_for_all
+from common.run import UserError, alone, check_writable, first_process, in_turn, progress, wait_for_all, writing
 from model import build_checked
 
 
@@ -190,6 +190,16 @@ def decoder(name, config, device, needed=True):
 CHUNK = 16  # images encoded at a time and marked as done together: the file does not depend on who encodes them
 
 
+def put(path, offset, content):
+    """Bytes into a file's midst, and onto the disk. (Not through a map, where machines that share a folder would write
+    back each other's pages.)"""
+    with writing(path), open(path, "r+b") as f:
+        f.seek(offset)
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
 def cache_latents(args, autoencoder, sha256, run):
     """Encode --data, a folder or any other, once, into --cache_latents -> Images with latents. The folder gets
     latents.npy, labels.npy, done.npy (a byte for each chunk, set once it is written) and record.json. Processes take
@@ -206,7 +216,7 @@ def cache_latents(args, autoencoder, sha256, run):
             with alone():
                 return read_image(f"--data {data}", files[i], size)
     else:
-        images, labels, classes, *_ = load_images(data, args.data_dir, size, say=run.say)
+        images, labels, classes, *_ = in_turn(lambda: load_images(data, args.data_dir, size, args.seed, say=run.say))
         if images.shape[3] not in (1, 3):
             raise UserError(f"--data {data}: {images.shape[3]} channels, an autoencoder reads 1 or 3")
         n, contents, listing = len(images), "", images.tobytes()
@@ -244,9 +254,9 @@ def cache_latents(args, autoencoder, sha256, run):
         np.save(directory / "labels.npy", labels)
         write_record(directory / "record.json", {**named, "complete": False})
 
-    first_process(begin, run.rank)
+    first_process(begin)
     with reading(flag, "; delete the folder and start again"):
-        latents, done = (np.lib.format.open_memmap(directory / f"{name}.npy", "r+") for name in ("latents", "done"))
+        latents, done = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("latents", "done"))
         if (latents.dtype, latents.shape, done.dtype, done.shape) != (np.float16, shape, np.uint8, (chunks,)):
             raise ValueError("other shapes")
     todo, tell = [k for k in range(run.rank, chunks, run.world) if not done[k]], progress(run.say, "encoding")
@@ -255,11 +265,10 @@ def cache_latents(args, autoencoder, sha256, run):
             rows = range(k * CHUNK, min((k + 1) * CHUNK, n))
             x = to_device(np.stack(list(workers.map(read, rows))), run.device)  # (b,3,H,W)
             codes = [torch.stack(autoencoder.encode(view), 1) for view in (x, x.flip(3))]  # (b,2,c,h,w) each
-            latents[rows.start:rows.stop] = torch.stack(codes, 1).cpu().numpy().astype(np.float16)
-            latents.flush()
-            done[k] = 1
+            codes = torch.stack(codes, 1).cpu().numpy().astype(np.float16)
+            put(directory / "latents.npy", latents.offset + rows.start * latents[0].nbytes, codes.tobytes())
+            put(directory / "done.npy", done.offset + k, b"\1")
             tell(turn, len(todo))
-    done.flush()
     wait_for_all()
 
     def finish():
@@ -267,5 +276,5 @@ def cache_latents(args, autoencoder, sha256, run):
             raise UserError(f"{flag}: some images are not encoded; run the same command again")
         write_record(directory / "record.json", {**named, "complete": True})
 
-    first_process(finish, run.rank)
+    first_process(finish)
     return read_latents(directory)

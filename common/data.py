@@ -15,10 +15,17 @@ from PIL import Image, ImageDraw, ImageFont
 from common.files import checksum, download, gunzip, locked, read_record, reading, write_record
 from common.images import (DEGRADATIONS, check_degradation, degrade, image_files, image_header, read_image, read_npz,
                            resize_images, send, to_device)
-from common.run import UserError, check_writable, draw_noise, generator, progress
+from common.run import UserError, check_writable, draw_noise, generator, in_turn, progress
 from interpolants import Batch
 
 LATENT_SCALE = 0.18215  # makes the latents of Stable Diffusion's autoencoder of about unit size
+
+
+def hash_some(rows):
+    """Of an array's rows; of 64 of them, spread evenly, where they stay on the disk."""
+    if isinstance(rows, np.memmap):
+        rows = rows[np.linspace(0, len(rows) - 1, 64).astype(np.int64)]
+    return hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
 
 
 class Images(NamedTuple):
@@ -45,11 +52,8 @@ class Images(NamedTuple):
         return self.images.shape[3]
 
     def fingerprint(self):
-        """Tells data sets apart: sizes, labels, and the images; 64 of them, spread evenly, where they stay on the
-        disk."""
-        on_disk = isinstance(self.images, np.memmap)
-        rows = np.linspace(0, len(self.images) - 1, 64).astype(np.int64) if on_disk else slice(None)
-        parts = [hashlib.sha256(np.ascontiguousarray(part)).hexdigest() for part in (self.labels, self.images[rows])]
+        """Tells data sets apart: sizes, labels, images, and the noise of pairs."""
+        parts = [hash_some(part) for part in (self.labels, self.images, self.noise) if part is not None]
         return checksum([list(self.images.shape), self.num_classes, *parts])
 
     def without_labels(self):
@@ -324,6 +328,9 @@ class Reference(NamedTuple):
     kind: str
     images: np.ndarray = None
 
+    def fingerprint(self):
+        return None if self.images is None else checksum([list(self.images.shape), hash_some(self.images)])
+
     def rows(self, data, chosen, key, part=slice(None)):
         """x1 (b,H,W,C) uint8 for the images `chosen` (B,) of a whole batch, rows `part` of it: a function of the key
         (seed, step, job) and the row."""
@@ -356,7 +363,7 @@ def load_reference(name, images, data_dir, say=print):
         raise UserError(f"--reference {name}: no such degradation ({', '.join(DEGRADATIONS)}), .npz file, folder or "
                         "data set")
     if x1.shape[3] == 1:  # of a grey folder beside coloured data
-        x1 = np.broadcast_to(x1, (*x1.shape[:3], images.shape[3]))
+        x1 = np.broadcast_to(x1, (*x1.shape[:3], images.shape[3]), subok=True)
     if x1.shape[1:] != images.shape[1:]:
         raise UserError(f"--reference {name}: images of shape {x1.shape[1:]}, the data's are {images.shape[1:]}")
     if kind == "paired" and len(x1) != len(images):
@@ -400,7 +407,7 @@ def open_data_of(args, run, config):
                         "train_teacher.py --cache_latents made")
     kind, net = config.get("reference"), config["network"]
     side, channels, classes = net["image_size"], net["channels"], net["num_classes"]
-    data = run.in_turn(lambda: load_pairs(args.data, config["interpolant"]) if config.get("pairs") else load_images(
+    data = in_turn(lambda: load_pairs(args.data, config["interpolant"]) if config.get("pairs") else load_images(
         args.data, args.data_dir, None if config.get("latent") else side, args.seed, say=run.say))
     if data.classes and config.get("classes"):
         data = data.among(f"--data {args.data}", config["classes"])
@@ -412,7 +419,7 @@ def open_data_of(args, run, config):
         raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
     if not kind:
         return data, None
-    reference = run.in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
+    reference = in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
     if reference.kind != kind:
         raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
     return data, reference
@@ -422,8 +429,9 @@ def open_for(teacher, args, run, config, state):
     """open_data_of for a run that distills this network -> Images, Reference, and the checksums that say so in its
     checkpoints. Raises UserError where those of the checkpoint `state` are others."""
     data, reference = open_data_of(args, run, config)
-    made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint()}
-    for flag, key in (("teacher_ckpt", "teacher"), ("data", "data")):
+    made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint(),
+                 "reference": reference and reference.fingerprint()}
+    for flag, key in (("teacher_ckpt", "teacher"), ("data", "data"), ("reference", "reference")):
         run.check_same(flag, made_with[key], state and state.get(key))
     return data, reference, made_with
 

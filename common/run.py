@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -189,10 +190,11 @@ def check_writable(flag, folder, size=0):
 def start_processes(device="auto", timeout=86400):
     """-> rank, world size, device. Plain python is one process without a group; torchrun's variables make a group, in
     which a process gives up on another after timeout seconds."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "cpu": True,
+                 "mps": torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ}  # gloo knows no mps
     if device != "auto" and device not in available:
         raise UserError(f"--device {device}: choose from auto, cpu, cuda, mps")
-    kind = next(k for k in available if available[k]) if device == "auto" else device
+    kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if device == "auto" else device
     if not available[kind]:
         raise UserError(f"--device {kind}: not available here, try --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -242,11 +244,11 @@ def wait_for_all():
         dist.barrier(start_processes.patient)
 
 
-def first_process(action, rank):
+def first_process(action):
     """action() in the first process while the others wait -> its result there, None elsewhere. Its UserError is raised
     in all."""
     result = problem = None
-    if rank == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = action()
         except UserError as error:
@@ -257,10 +259,11 @@ def first_process(action, rank):
     return result
 
 
-def in_turn(load, rank):
+def in_turn(load):
     """load() in the first process, which may download or decode, then in the others, which find what it left."""
-    result = first_process(load, rank)
-    result = load() if rank > 0 else result
+    result = first_process(load)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        result = load()
     wait_for_all()
     return result
 
@@ -368,7 +371,9 @@ def put_in_training(net, kind, lr, args, **options):
     several = dist.is_initialized() and dist.get_world_size() > 1
     # Gradients live in the buckets that travel: no second copy of them. (Not static_graph: with --accum, an adversarial
     # loss or a trajectory loss an iteration's graphs differ.)
-    wrapped = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) if several else net
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13's name of it
+    still = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True, **still) if several else net
     return Trained(net, wrapped, optimizer, lr)
 
 
@@ -445,7 +450,9 @@ def lock(out):
     check_writable("--out", out)
     if lock.held is not None:
         os.close(lock.held)
-    lock.held = os.open(pathlib.Path(out, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        lock.held = None
+    with writing(pathlib.Path(out, "lock")):
+        lock.held = os.open(pathlib.Path(out, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl
         fcntl.flock(lock.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -483,14 +490,11 @@ class Run:
             limits = ("recompile_limit", "cache_size_limit")  # the latter in torch 2.6
             setattr(_dynamo.config, next(name for name in limits if hasattr(_dynamo.config, name)), 64)
         if from_first(self.out.is_dir()):  # a new folder is made and locked when there is something to write
-            first_process(lambda: lock(self.out), self.rank)
+            first_process(lambda: lock(self.out))
 
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
-
-    def in_turn(self, load):
-        return in_turn(load, self.rank)
 
     def resume(self, name, load, needs):
         """The checkpoint OUT/name, read by load(path), if it continues this command; None if there is none. Raises
@@ -538,10 +542,13 @@ class Run:
         """The folder is locked, the flags are written, and signals are caught from here on."""
         self.stop, self.first, self.began, self.compiling = StopSignal(), step, time.time(), self.args.compile
         self.last_step, self.last_time, self.log = step, self.began, self.out / "log.jsonl"
-        if self.rank > 0:
-            return
+        first_process(self.open_folder)
+
+    def open_folder(self):
         lock(self.out)
-        self.wandb = open_wandb(self.args, f"{self.out.resolve().name} {self.job}")
+        for left in self.out.glob("*.pt*.tmp"):  # of saves that were killed
+            left.unlink(missing_ok=True)
+        self.wandb, step = open_wandb(self.args, f"{self.out.resolve().name} {self.job}"), self.first
         if self.args.fresh and step == 0:
             self.put_aside()
         with writing(self.log):
@@ -678,11 +685,11 @@ class Run:
                      f"{minutes((time.time() - self.began) / 3 * (due - step))}")
         if step % args.log_every == 0 and step > self.first or last:
             self.line(step, **facts())
-        if args.sample_every and (step % args.sample_every == 0 or last):
-            keep(lambda: self.draw(picture, step), 0, False)
-            wait_for_all()  # as long as it takes, whatever --timeout says
         if step % args.save_every == 0 or last:
             self.failures = keep(lambda: save(step), self.failures, last)
+            wait_for_all()  # as long as it takes, whatever --timeout says
+        if args.sample_every and (step % args.sample_every == 0 or last):  # one that fails costs no more than itself
+            keep(lambda: self.draw(picture, step), 0, False)
             wait_for_all()
         if self.stop() and not last:
             keep(lambda: save(step), self.failures, True)

@@ -233,7 +233,8 @@ class Runner:
                 raise UserError(f"--data {args.data}: holds no x_test, which no teacher sees; give MNIST's mnist.npz")
             order = np.random.default_rng(0).permutation(len(npz["x_test"]))[:10000]
             for name, rows in (("held_out", order), ("some_held_out", order[:2000])):
-                save_file(self.names[name], lambda f: np.savez(f, images=npz["x_test"][rows], labels=npz["y_test"][rows]))
+                held = {"images": npz["x_test"][rows], "labels": npz["y_test"][rows]}
+                save_file(self.names[name], lambda f: np.savez(f, **held))
         images, _ = draw_digits(10000, 28)
         save_file(self.names["digits"], lambda f: np.savez(f, images=images))
 

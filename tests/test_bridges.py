@@ -250,6 +250,20 @@ def test_every_reference_trains_distills_and_restores(run, trained, tmp_path, re
         assert Image.open(tmp_path / "o.png").size[0] > 12 * 8
 
 
+def test_what_a_bridge_starts_from_stays_the_same(run, refused, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.load(folder / "pairs.npz")
+    np.savez("pairs.npz", **pixels)
+    train = ("train_teacher", "--data", "pairs.npz", *SMALL, "--interpolant", "bridge", "--reference", "pairs.npz")
+    distill = ("distill", *SMALL[2:])
+    run(*train, "--iters", 2), run(*distill, "--iters", 1)
+    np.savez("pairs.npz", x_train=pixels["x_train"], x1=pixels["x1"] // 2)  # made anew, under the same name
+    for command in (train, distill):
+        refused(*command, "--iters", 3, says="--reference pairs.npz: is not what the run in out was made with")
+    np.savez("pairs.npz", **pixels)
+    run(*train, "--iters", 3)
+
+
 def test_files_and_folders_are_restored_and_written_again(run, trained, tmp_path):
     sample = ("sample", "--ckpt", trained("lowres4"), "--steps", 1, "--device", "cpu", "--out")
     for source, n in (("in", 12), ("in/1.png", 1)):

@@ -528,10 +528,13 @@ def test_moments_are_dealt_and_buffers_do_not_travel(monkeypatch):
     """Buffers are tables, the same everywhere: a broadcast in each pass would cost time for nothing."""
     for name, fake in (("is_initialized", lambda: True), ("get_world_size", lambda: 2)):
         monkeypatch.setattr(common.run.dist, name, fake)
-    monkeypatch.setattr(common.run, "DistributedDataParallel", lambda net, **options: options)
     monkeypatch.setattr("torch.distributed.optim.ZeroRedundancyOptimizer", lambda *_, **options: "dealt")
-    put = put_in_training(torch.nn.Linear(2, 1), torch.optim.Adam, 0.1, argparse.Namespace(shard=True))
-    assert (put.wrapped, put.optimizer) == ({"broadcast_buffers": False, "gradient_as_bucket_view": True}, "dealt")
+    for name, wrap in (("broadcast_buffers", lambda net, **options: options),  # up to torch 2.12, and since
+                       ("forward_sync_buffers", lambda net, forward_sync_buffers=None, **options: {
+                           "forward_sync_buffers": forward_sync_buffers, **options})):
+        monkeypatch.setattr(common.run, "DistributedDataParallel", wrap)
+        put = put_in_training(torch.nn.Linear(2, 1), torch.optim.Adam, 0.1, argparse.Namespace(shard=True))
+        assert (put.wrapped, put.optimizer) == ({name: False, "gradient_as_bucket_view": True}, "dealt")
 
 
 def count_bytes():
@@ -654,8 +657,10 @@ def own_folder():
 def test_mistakes_of_a_group_are_one_line(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = flags["train_teacher"]
+    pathlib.Path("file").touch()
     for job, *wrong, says in (("train_teacher", *train, "--batch", 5, "--batch 5: does not divide over 2 processes; 4"),
                               ("train_teacher", "--data", "nothere", "--data nothere: no such data set"),
+                              ("train_teacher", *train, "--out", "file/in", "--out file/in: cannot be written"),
                               ("sample", "--ckpt", "nothere", "--ckpt nothere: no such file")):
         said = Life(tmp_path, job, *wrong, "--device", "cpu", world=2).end(2, 2)
         assert said.startswith(f"{job}.py: error: {says}") and said.count("\n") == 1, said
@@ -753,6 +758,23 @@ def test_saves_pictures_and_lines_that_fail_cost_only_themselves(runs, flags, tm
     assert len(re.findall(r"MiB free\); the last good checkpoint .* at the next save\n", said)) == 4 + 1 + 14, said
     assert said.count("Read-only file system") == 4 and said.count("samples_0000003.png: cannot be written") == 1
     assert load_checkpoint(tmp_path / "teacher.pt")["step"] == 14
+
+
+def test_a_picture_that_breaks_the_run_comes_after_its_checkpoint(runs, refused, flags, tmp_path, monkeypatch):
+    def draw(*args):
+        raise MemoryError
+    teacher = pathlib.Path("a/teacher.pt")
+    monkeypatch.chdir(tmp_path)
+    flags = (*flags["train_teacher"], "--out", "a", "--sample_every", 2, "--iters")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("train_teacher.draw_picture", draw)
+        runs("train_teacher", *flags, 2)
+    assert load_checkpoint(teacher)["step"] == 2
+    teacher.with_name("teacher.pt.77.tmp").touch()  # of a save that was killed
+    runs("train_teacher", *flags, 3)
+    assert not teacher.with_name("teacher.pt.77.tmp").exists()
+    pathlib.Path("a/lock").unlink(), pathlib.Path("a/lock").mkdir()
+    refused("train_teacher", *flags, 4, says="a/lock: cannot be written")
 
 
 def test_recomputed_blocks_give_the_same_gradients():
