@@ -154,11 +154,11 @@ def make_rows():
         rows[f"as published: {name}"] = Row("recipes", (LINEAR, student(flags)), ONE)
     rows["as published: MeanFlow"] = Row("recipes", (LINEAR, flow_map("meanflow", "--lr 1e-4")), STEPS)
 
-    for flag, values in {"t_init": (0.5, 1), "weight": ("uniform",), "critic_lr": (6e-4, 6e-3), "k_psi": (2, 5),
-                         "ema": (0.9, 0.995), "batch": (32, 128), "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
+    for flag, values in {"kappa": (0, 1), "weight": ("uniform",), "units": ("velocity",), "t_init": (0.5, 1),
+                         "critic_lr": (0.0006, 0.006), "k_psi": (2, 5), "ema": (0.9, 0.995), "batch": (32, 128),
+                         "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
         for value in values:
-            rows[f"sid --{flag} {value:g}" if flag != "weight" else f"sid --{flag} {value}"] = Row(
-                "defaults", (LINEAR, student(f"--{flag} {value}")), ONE)
+            rows[f"sid --{flag} {value}"] = Row("defaults", (LINEAR, student(f"--{flag} {value}")), ONE)
 
     for reference in ("lowres4", "inpaint", "jpeg10", "{digits}"):
         bridge = teacher(f"--interpolant bridge --reference {reference}")
