@@ -286,9 +286,6 @@ def parse_flags():
     add = parser.group("real data")
     add("--data", default=None, help="real data, for the flags below and for bridges (a bridge takes its teacher's); "
         "as in train_teacher.py")
-    add("--data_dir", default="data", help="where downloads and decoded folders are kept")
-    add("--vae", default=None, help="autoencoder that decodes the latents for pictures")
-    add("--reference", default=None, help="what a bridge starts from (its teacher's)")
     add("--real_alpha", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's alpha in (0, 1]: below "
         "1 the critic also learns from real data")
     add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]")
@@ -478,11 +475,10 @@ def main():
                 save_copy(run.out, args, config, step, averages)
 
     def picture(step):
-        if run.rank == 0:
-            save_curves(run.out)
-            with precision(device):
-                rows = watched.rows(averages[0], v_star, v_psi)
-            return draw_picture(run.out / f"distill_{step:07d}.png", rows, decode, config, watched.b.y)
+        save_curves(run.out)
+        with precision(device):
+            rows = watched.rows(averages[0], v_star, v_psi)
+        return draw_picture(run.out / f"distill_{step:07d}.png", rows, decode, config, watched.b.y)
 
     known = {"spread_data": stream.data_spread()} if data else {}
 

@@ -268,9 +268,6 @@ def parse_flags():
     add("--ema", type=number(float, 0, 1), default=0.98, help="decay of the map's average")
     add = parser.group("data")
     add("--data", default=None, help="images to noise, as in train_teacher.py (the teacher's, for rows that need them)")
-    add("--data_dir", default="data", help="where downloads and decoded folders are kept")
-    add("--vae", default=None, help="autoencoder that decodes the latents for pictures")
-    add("--reference", default=None, help="what a bridge starts from (its teacher's)")
     add_run_flags(parser, iters=600, batch=32, lr=1e-3, decay_from=100, warmup=0, log_every=10, sample_every=200)
     args, defaults = parser.parse_args(), vars(parser.parse_args([]))
     for knob, value in ROWS[args.row]._asdict().items():
@@ -383,10 +380,9 @@ def main():
     panels = {}
 
     def picture(step):
-        if run.rank == 0:
-            save_curves(run.out)
-            path = run.out / f"flow_map_{step:07d}.png"
-            return draw_picture(path, (average, mapped), (teacher, config), stream, decode, panels)
+        save_curves(run.out)
+        path = run.out / f"flow_map_{step:07d}.png"
+        return draw_picture(path, (average, mapped), (teacher, config), stream, decode, panels)
 
     batches = None if data is None else stream.epochs(step)
     while step < args.iters:

@@ -211,11 +211,9 @@ def convert(problem, out, to, b):
 def target(problem, b, velocity):
     """The regression target of the problem's prediction on b, (B,C,H,W): its conditional mean given x_t is what a
     network learns. velocity: I'_t, as noised() gives it."""
-    if problem.prediction in ("data", "velocity"):
-        return b.x0 if problem.prediction == "data" else velocity
-    k = known(problem, b.t, b.x0.ndim)
-    noise = (b.x_t - k.alpha * b.x0 - (k.beta * b.x1 if problem.sees_x1 else 0)) / k.s
-    return noise if problem.prediction == "noise" else -noise / k.s
+    if problem.prediction == "velocity":
+        return velocity
+    return convert(problem._replace(prediction="data"), b.x0, problem.prediction, b)
 
 
 def loss_weight(problem, t, ndim=4):

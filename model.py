@@ -17,6 +17,7 @@ import inspect
 import math
 import pathlib
 import re
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -53,16 +54,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, channels, patch, width):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, patch)
-
-    def forward(self, x):
-        # (B,C,H,W) -> (B,T,D), in that order in memory too: sums keep the order, and every norm would copy another
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
-
-
 class TimestepEmbedder(nn.Module):
     def __init__(self, width, frequencies=256):
         super().__init__()
@@ -74,15 +65,6 @@ class TimestepEmbedder(nn.Module):
         frequency = torch.exp(-math.log(10000) / self.half * steps)
         angle = t.float()[:, None] * frequency  # (B,128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))  # (B,D)
-
-
-class LabelEmbedder(nn.Module):
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)  # the null class comes last
-
-    def forward(self, y):
-        return self.embedding_table(y)  # (B,) -> (B,D)
 
 
 class Attention(nn.Module):
@@ -102,16 +84,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, D))  # (B,T,D)
 
 
-class Mlp(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (B,T,D) -> (B,T,4D) -> (B,T,D)
-
-
 class Block(nn.Module):
     """A transformer block whose norms are shifted, scaled and gated by the condition (AdaLN-Zero)."""
 
@@ -120,7 +92,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width)
+        self.mlp = nn.Sequential(OrderedDict(  # (B,T,D) -> (B,T,4D) -> (B,T,D)
+            fc1=nn.Linear(width, 4 * width), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -162,9 +135,9 @@ class SiT(nn.Module):
         self.patch, self.channels, self.num_classes, self.time_scale = patch, channels, num_classes, time_scale
         self.grad_checkpoint = False  # set it to keep only the blocks' inputs for the backward pass
         self.width, self.reference_channels, self.reverse_time = width, reference_channels, reverse_time
-        self.x_embedder = PatchEmbed(channels + reference_channels, patch, width)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels + reference_channels, width, patch, patch)})
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})  # null class last
         self.r_embedder = TimestepEmbedder(width) if second_time else None
         self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch) ** 2, width), requires_grad=False)
         self.blocks = nn.ModuleList([Block(width, heads, qk_norm) for _ in range(depth)])
@@ -210,8 +183,9 @@ class SiT(nn.Module):
             x = c_in * x
         if self.reference_channels:
             x = torch.cat([x, x1], 1)  # (B,C+C,H,W)
-        x = self.x_embedder(x) + self.pos_embed  # (B,T,D), T = (H/p)(W/p)
-        c = self.t_embedder(self.clock(t)) + self.y_embedder(y)  # (B,D)
+        # (B,T,D), T = (H/p)(W/p), in that order in memory too: sums keep it, and every norm would copy another
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+        c = self.t_embedder(self.clock(t)) + self.y_embedder.embedding_table(y)  # (B,D)
         if self.r_embedder:
             c = c + self.r_embedder(10 * (t if r is None else t - r))
         for block in self.blocks[:len(self.blocks) // 2] if middle else self.blocks:

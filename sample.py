@@ -80,6 +80,9 @@ def add_teacher_flags(parser):
         "unconditional")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
         "at which the teacher is guided")
+    add("--data_dir", default="data", help="where downloads and decoded folders are kept")
+    add("--vae", default=None, help="autoencoder that decodes the latents for pictures")
+    add("--reference", default=None, help="what a bridge starts from (its teacher's)")
 
 
 def load_teacher(args, device):

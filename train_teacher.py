@@ -209,9 +209,8 @@ def main():
                 "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": moments})
 
     def picture(step):
-        if run.rank == 0:
-            save_curves(run.out)
-            return draw_picture(run.out / f"samples_{step:07d}.png", ema, config, stream, autoencoder)
+        save_curves(run.out)
+        return draw_picture(run.out / f"samples_{step:07d}.png", ema, config, stream, autoencoder)
 
     batches = stream.epochs(step, args.antithetic)
     while step < args.iters:

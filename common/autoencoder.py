@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import pathlib
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -80,32 +81,6 @@ def stack_levels(widths, layers, groups, scale):
     return nn.Sequential(*(Level(*sizes, layers, groups, scaling) for *sizes, scaling in zip(inputs, widths, scales)))
 
 
-class Encoder(nn.Module):
-    def __init__(self, channels, latents, widths, layers, groups):
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down_blocks = stack_levels(widths, layers, groups, "down")
-        self.mid_block = Middle(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latents, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(self.down_blocks(self.conv_in(x))))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, channels, latents, widths, layers, groups):
-        super().__init__()
-        self.conv_in = nn.Conv2d(latents, widths[-1], 3, padding=1)
-        self.mid_block = Middle(widths[-1], groups)
-        self.up_blocks = stack_levels(widths[::-1], layers + 1, groups, "up")
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
-
-    def forward(self, z):
-        return self.conv_out(F.silu(self.conv_norm_out(self.up_blocks(self.mid_block(self.conv_in(z))))))
-
-
 class Autoencoder(nn.Module):
     """encode: images (B,C,H,W) in [-1, 1] -> mean and log-variance of the latents (B,c,H/f,W/f), unscaled. decode:
     latents of unit size (times LATENT_SCALE, as networks see them) -> images (B,C,H,W), a few at a time, so that
@@ -114,8 +89,16 @@ class Autoencoder(nn.Module):
     def __init__(self, channels=3, latents=4, widths=(128, 256, 512, 512), layers=2, groups=32):
         super().__init__()
         self.latents, self.factor = latents, 2 ** (len(widths) - 1)
-        self.encoder = Encoder(channels, latents, widths, layers, groups)
-        self.decoder = Decoder(channels, latents, widths, layers, groups)
+        first, last = widths[0], widths[-1]
+        self.encoder = nn.Sequential(OrderedDict(
+            conv_in=nn.Conv2d(channels, first, 3, padding=1), down_blocks=stack_levels(widths, layers, groups, "down"),
+            mid_block=Middle(last, groups), conv_norm_out=nn.GroupNorm(groups, last, eps=1e-6), silu=nn.SiLU(),
+            conv_out=nn.Conv2d(last, 2 * latents, 3, padding=1)))
+        self.decoder = nn.Sequential(OrderedDict(
+            conv_in=nn.Conv2d(latents, last, 3, padding=1), mid_block=Middle(last, groups),
+            up_blocks=stack_levels(widths[::-1], layers + 1, groups, "up"),
+            conv_norm_out=nn.GroupNorm(groups, first, eps=1e-6), silu=nn.SiLU(),
+            conv_out=nn.Conv2d(first, channels, 3, padding=1)))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1), nn.Conv2d(latents, latents, 1)
 
     @torch.no_grad()

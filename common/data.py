@@ -77,25 +77,19 @@ class Images(NamedTuple):
         uneven = f"; {counts.min()} to {counts.max()} images each" if counts.min() < counts.max() else ""
         return text + f", {len(self.classes)} classes ({names}{uneven})"
 
-    def mirror(self, n, part, device, *key):
-        """Which rows `part` of a whole batch of n are mirrored, (b,) bool, and the generator that goes on from it."""
-        g = generator(*key, "posterior", device=device)
-        return torch.rand(n, generator=g, device=device)[part] < 0.5, g
-
     def x0(self, rows, chosen, part, device, *key):
         """What networks see, (b,C,H,W) float32 on the device, of rows = images[chosen[part]], or of what a bridge
         starts from there. Mirrors, and the posterior of latents, are drawn anew each time, as functions of the key and
         the row of the whole batch `chosen`."""
+        x = to_device(rows, device)
         if not (self.latent or self.flip):
-            return to_device(rows, device)
-        mirror, g = self.mirror(len(chosen), part, device, *key)
+            return x
+        g = generator(*key, "posterior", device=device)
+        mirror = torch.rand(len(chosen), generator=g, device=device)[part] < 0.5
         if not self.latent:
-            x = to_device(rows, device)
             return torch.where(mirror[:, None, None, None], x.flip(3), x)
         noise = torch.randn((len(chosen), self.channels, self.side, self.side), generator=g, device=device)[part]
-        rows = send(torch.as_tensor(rows), device)
-        rows = rows[torch.arange(len(mirror), device=device), mirror.long()]  # (b,2,c,h,w)
-        mean, log_variance = rows.float().unbind(1)
+        mean, log_variance = x[torch.arange(len(mirror), device=device), mirror.long()].unbind(1)  # (b,c,h,w) each
         return LATENT_SCALE * (mean + (0.5 * log_variance).exp() * noise)
 
 
@@ -184,22 +178,12 @@ def list_folder(folder):
     return files, labels.astype(np.int64) if names else None, classes.tolist()
 
 
-def first_side(folder, files):
-    """The shorter side of the first image that can be read."""
-    for file in files:
-        try:
-            return min(read_image(f"--data {folder}", file).shape[:2])
-        except UserError as error:
-            problem = error
-    raise problem
-
-
 def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     """Class subfolders or one flat folder of images -> memmap (N,size,size,3), of grey images alone (N,size,size,1),
     labels or None, names of the classes. Decoded once; the next run with the same files, size and data_dir finds the
     result by a fingerprint of names, lengths and times."""
     listed = files, _, classes = list_folder(folder)
-    size = size or first_side(folder, files)
+    size = size or next((min(header[:2]) for header in map(image_header, files) if header), 1)  # of the first
     listing = repr([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size])
     name = f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     cache = pathlib.Path(data_dir, name)
@@ -230,7 +214,7 @@ def decode_folder(folder, listed, size, cache, say):
     """The images into the file `cache` -> their record, which is put beside it."""
     files, labels, classes = listed
     part, kept, broken, tell = cache.with_suffix(".part"), [], [], progress(say, "decoding")
-    headers = [image_header(file) for file in files]  # (width, height, grey)
+    headers = [*filter(None, map(image_header, files))]  # (width, height, grey)
     channels = 1 if all(grey for _, _, grey in headers) else 3
     part.unlink(missing_ok=True)  # of a run cut off
     check_writable("--data_dir", cache.parent, len(files) * size * size * channels)

@@ -53,12 +53,12 @@ def image_files(label, folder):
 
 
 def image_header(path):
-    """-> width, height, whether it is grey; of no matter where the file cannot be read."""
+    """-> width, height, whether it is grey; None where the file cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return *image.size, image.mode.startswith(("1", "L", "I", "F"))
     except Exception:  # a broken file can fail in any way; read_image says how
-        return 1, 1, True
+        return None
 
 
 def turn_upright(image):

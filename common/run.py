@@ -650,8 +650,8 @@ class Run:
             return {}
 
     def draw(self, picture, step):
-        """picture(step) -> the file it drew, None in other processes than the first."""
-        path = picture(step)
+        """picture(step) -> the file it drew; the first process calls it."""
+        path = picture(step) if self.rank == 0 else None
         if self.wandb and path:
             import wandb
             self.wandb.log({"picture": wandb.Image(str(path))}, step=step)

@@ -24,11 +24,11 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def run_script():
     """run_script("train_teacher", "--iters", 2, ...): its main(), for fixtures of a whole session."""
-    def call(name, *flags):
+    def call(name, *flags, start=lambda script: script.main()):
         argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
         handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            importlib.import_module(name).main()
+            start(importlib.import_module(name))
         finally:
             sys.argv = argv
             for number, handler in handlers.items():
@@ -37,22 +37,26 @@ def run_script():
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(run_script, capsys):
     """script("distill", "--iters", 2, ...) -> (exit code, stdout, stderr)."""
     def call(name, *flags):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
         code = 0
         try:
-            module.command(module.main)
+            run_script(name, *flags, start=lambda script: script.command(script.main))
         except SystemExit as stop:
             code = stop.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+    return call
+
+
+@pytest.fixture
+def run(script):
+    """run("distill", "--iters", 2, ...) -> what it says, on stdout and then on stderr; it must end well."""
+    def call(name, *flags):
+        code, out, err = script(name, *flags)
+        assert code == 0, err
+        return out + err
     return call
 
 

@@ -115,7 +115,7 @@ def distill_point(problem, objective, stream, start, iters):
 
 
 def map_point(problem, row, stream, iters):
-    """A flow map trained along the row -> its one-step samples, a function of a batch."""
+    """-> the average of a flow map that is trained along the row."""
     teacher, net = exact(problem), Added(problem)
     average, before, g = copy.deepcopy(net), copy.deepcopy(net), torch.Generator().manual_seed(1)
     own, slower = make_optimizer(net, iters, (0.9, 0.99))
@@ -129,12 +129,7 @@ def map_point(problem, row, stream, iters):
         descend(own, map_loss(problem, row, legs, net, trip))
         slower.step()
         ema_update(average, net, 0.98, step + 1)
-    first = stream.times[1]
-
-    def sample(b):
-        b = start_at(problem, b, first)
-        return problem.data(average, b._replace(r=torch.zeros_like(b.t))).detach()
-    return sample
+    return average
 
 
 def density(x, side=72, span=2.2):
@@ -165,6 +160,7 @@ def make_row(name, args):
     cells = {"data": truth, "teacher, 50": solve(problem, exact(problem), first, sampler,
                                                  lambda i: torch.randn_like(truth))}
     start, to_the_end = time_of_noise_ratio(problem, START_RATIO), stream._replace(times=(times[0], last_time(problem)))
+    end = start_at(problem, shown, last_time(problem))
     for column, objective in OBJECTIVES.items():
         try:
             check_objective(problem, objective)
@@ -173,7 +169,8 @@ def make_row(name, args):
             cells[column] = torch.full_like(truth, math.nan)
     for column, row in ROWS.items():
         row = row._replace(power=0.0)  # in the plane meanflow's 1 lets single samples pull it into a mode
-        cells[column] = map_point(problem, row, to_the_end, args.iters)(shown)
+        average = map_point(problem, row, to_the_end, args.iters)
+        cells[column] = problem.data(average, end._replace(r=torch.zeros_like(end.t))).detach()
     print(name, *(f"{column} {distance(x, truth):.3f}" for column, x in cells.items()), sep="  ", flush=True)
     return [density(x) for x in cells.values()]
 

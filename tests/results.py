@@ -22,7 +22,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from typing import NamedTuple, Optional
 
@@ -220,7 +219,6 @@ class Runner:
 
     def __init__(self, args):
         self.args, self.out = args, pathlib.Path(args.out).resolve()
-        self.locks, self.guard = {}, threading.Lock()
         self.out.mkdir(parents=True, exist_ok=True)
         self.names = {"data": pathlib.Path(args.data).resolve(),
                       **{name: self.out / f"{name}.npz" for name in ("digits", "held_out", "some_held_out")}}
@@ -244,9 +242,7 @@ class Runner:
         scaled = [self.args.scale] * (self.args.scale != 1)
         key = hashlib.sha256(repr((stage, seed, *map(str, before), *scaled)).encode()).hexdigest()[:12]
         folder = self.out / f"{stage.script}_{key}"
-        with self.guard:
-            lock = self.locks.setdefault(key, threading.Lock())
-        with lock, locked(folder):  # by threads of this run and by other runs
+        with locked(folder):  # by threads of this run and by other runs
             if not (folder / "done.json").exists():
                 job = stage.script.replace("train_", "")
                 for old in (f"{job}.json", "out.txt"):

@@ -403,13 +403,12 @@ def test_adm_reference_batches(record, quick):
     assert (found["precision"], found["recall"]) == (direct["precision"], direct["recall"])
 
 
-def test_a_checkpoint_is_sampled_on_the_fly(script, record, quick, small_teacher, monkeypatch):
+def test_a_checkpoint_is_sampled_on_the_fly(run, record, quick, small_teacher, monkeypatch):
     flags = ("--n", 12, "--steps", 3, "--seed", 5, "--labels", "random", "--batch", 5)
     found = record(small_teacher, "a.npz", *quick, *flags)
     about = found["samples"]
     assert [about[key] for key in ("n", "steps", "sampler", "seed", "cfg_scale")] == [12, 3, "euler", 5, 1]
-    code, _, err = script("sample", "--ckpt", small_teacher, *flags, "--device", "cpu", "--out", "s.npz")
-    assert code == 0, err
+    run("sample", "--ckpt", small_teacher, *flags, "--device", "cpu", "--out", "s.npz")
     again = record("s.npz", "a.npz", *quick, "--n", 12)
     assert again["samples"]["pixels_sha256"] == about["pixels_sha256"]
     assert again["fid"] == pytest.approx(found["fid"], rel=1e-7)

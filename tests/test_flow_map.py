@@ -1,6 +1,5 @@
 """Flow maps: the two legs in closed form on a mixture in the plane, and what flow_map.py learns."""
 import contextlib
-import copy
 
 import numpy as np
 import pytest
@@ -12,23 +11,22 @@ from common.data import Stream
 from common.files import load_checkpoint, save_checkpoint
 from common.images import to_device, to_uint8
 from common.run import UserError
+from conftest import SMALL
 from flow_map import (ROWS, Legs, Trip, check_tangent, draw_trip, make_legs, map_loss, solve_leg, tangent_target,
                       trajectory_target)
 from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, follow_map, leg_weight, loss_weight,
                           regression_loss, solve, start_at, student_input, time_of_noise_ratio)
-from model import build_model, ema_update, load_model
+from model import build_model, load_model
 
 MEANS, STDS = plane.MEANS.double(), plane.STDS.double()
 PATHS = ["linear", "vp", "gvp", "ve", "bridge"]
 
 
-def prediction(x, sigma):
-    """E[x0 | x] and E[eps | x] (B,2) of x = x0 + sigma eps (B,2), sigma (B,1): every path but for a scale."""
-    means, stds = MEANS.to(x), STDS.to(x)
-    variance, rest = stds ** 2 + sigma ** 2, x[:, None] - means  # (B,K), (B,K,2)
-    share = (-0.5 * rest.square().sum(2) / variance - variance.log()).softmax(1)[..., None]
-    inside = means + (stds ** 2 / variance)[..., None] * rest
-    return (share * inside).sum(1), (share * rest * (sigma / variance)[..., None]).sum(1)
+def noise(x, sigma):
+    """E[eps | x] (B,2) of x = x0 + sigma eps (B,2), sigma (B,1): every path but for a scale."""
+    variance, rest = STDS ** 2 + sigma ** 2, x[:, None] - MEANS  # (B,K), (B,K,2)
+    share = (-0.5 * rest.square().sum(2) / variance - variance.log()).softmax(1)
+    return ((share * sigma / variance)[..., None] * rest).sum(1)
 
 
 def scaled(problem, b, t):
@@ -39,8 +37,7 @@ def scaled(problem, b, t):
 
 def teacher(problem, b):
     """The mixture's exact data prediction on b (B,2,1,1)."""
-    alpha, s, given = scaled(problem, b, b.t)
-    return prediction((b.x_t.flatten(1) - given) / alpha, s / alpha)[0][..., None, None]
+    return plane.exact(problem, MEANS, STDS)(b.x_t, b.t, x1=b.x1)
 
 
 def exact_step(problem, b, n=48):
@@ -49,10 +46,10 @@ def exact_step(problem, b, n=48):
     x, begin, end = (b.x_t.flatten(1) - given) / alpha, s / alpha, s_r / alpha_r
     for i in range(n):
         u, v = (end + (begin - end) * (1 - k / n) ** 2 for k in (i, i + 1))
-        h, k1 = v - u, prediction(x, u)[1]
-        k2 = prediction(x + h / 2 * k1, u + h / 2)[1]
-        k3 = prediction(x + h / 2 * k2, u + h / 2)[1]
-        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + prediction(x + h * k3, v)[1])
+        h, k1 = v - u, noise(x, u)
+        k2 = noise(x + h / 2 * k1, u + h / 2)
+        k3 = noise(x + h / 2 * k2, u + h / 2)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + noise(x + h * k3, v))
     return (alpha_r * x + given_r)[..., None, None]
 
 
@@ -236,45 +233,13 @@ def test_restart_1_is_the_students_renoising():
     torch.testing.assert_close(follow_map(problem, net, start, grid, 1.0, lambda i: noise[i]), problem.data(net, again))
 
 
-class Small(torch.nn.Module):
-    """The teacher's prediction on the linear path, and a network of (x_t, t, t - r) on top that is zero at first."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64),
-                                       torch.nn.SiLU(), torch.nn.Linear(64, 2))
-        torch.nn.init.zeros_(self.net[-1].weight)
-        torch.nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, x_t, t, y=None, r=None):
-        x, time = x_t.flatten(1), t[:, None]
-        given = torch.cat([x, time, time - (0 if r is None else r[:, None])], 1)
-        return (prediction(x / (1 - time), time / (1 - time))[0] + self.net(given))[..., None, None]
-
-
-def learn(name, steps=150, batch=128, **knobs):
+def learn(name, batch=128, **knobs):
     """-> the error of a small map trained by this row, and of the teacher's own guess, against the exact map."""
     torch.manual_seed(0)
-    row, low, high = ROWS[name]._replace(**knobs), 0.2, 0.8
-    problem, net = Problem(FAMILIES["linear"], "data"), Small()
-    average, before, v_star = copy.deepcopy(net), copy.deepcopy(net), copy.deepcopy(net)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2, betas=(0.9, 0.99))
-    stream = Stream(0, batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, (low, high))
-    for step in range(steps):
-        stage = 4 * step // steps
-        if row.first == "before" and 4 * step % steps < 4:
-            before.load_state_dict(net.state_dict())
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        legs = make_legs(problem, row, v_star, net, average, before if stage else None)
-        g = torch.Generator().manual_seed(step)
-        k = torch.randint(4, (batch,), generator=g)
-        x0 = (MEANS[k] + STDS[k, None] * torch.randn(batch, 2, generator=g))[..., None, None].float()
-        trip = draw_trip(problem, row, stream, stream.draw(step)._replace(x0=x0, y=None), step, 8 >> stage)
-        optimizer.zero_grad()
-        map_loss(problem, row, legs, net, trip).mean().backward()
-        optimizer.step()
-        ema_update(average, net, 0.9, step + 1)
-    b = draw_trip(problem, row, stream, stream.draw(0, "test")._replace(x0=x0, y=None), steps + 1).b
+    problem, row = Problem(FAMILIES["linear"], "data"), ROWS[name]._replace(**knobs)
+    stream = Stream(0, batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, (0.2, 0.8))
+    average, g = plane.map_point(problem, row, stream, 200), torch.Generator().manual_seed(0)
+    b = draw_trip(problem, row, stream, stream.draw(0, "test")._replace(x0=plane.draw_mixture(batch, g)), 1000).b
     b, exact = b._replace(y=None), exact_map(problem, b)
     return [float((X - exact).square().mean().sqrt()) for X in (problem.data(average, b).detach(), teacher(problem, b))]
 
@@ -282,7 +247,7 @@ def learn(name, steps=150, batch=128, **knobs):
 @pytest.mark.parametrize("name", [row if row in ("lagrange", "euler") else pytest.param(
     row, marks=pytest.mark.slow) for row in sorted(ROWS)])
 def test_a_small_network_learns_the_map(name):
-    knobs = dict(diagonal=0.0, times="triangle", power=0.0) if name == "meanflow" else {"solver_steps": 3}
+    knobs = dict(diagonal=0.0, power=0.0) if name == "meanflow" else {"solver_steps": 3}
     error, guess = learn(name, mu=0.1, **knobs)
     assert error < 0.75 * guess
 
@@ -310,7 +275,7 @@ def test_a_derivative_wants_float64():
 def test_the_target_is_without_gradient():
     problem, b = setting("linear", dtype=torch.float32)
     for name in ("lagrange", "shortcut"):
-        net = Small()
+        net = plane.Added(problem)
         torch.nn.init.normal_(net.net[-1].weight, std=0.1)
         row, own = ROWS[name], lambda b: problem.data(net, b)
         trip, target = trip_of(problem, row, b)._replace(w=torch.full((len(b.t),), 0.7)), []
@@ -346,53 +311,46 @@ def teachers(images, small_teacher, tmp_path_factory, run_script):
         "bridge --row lagrange --tangent jvp --borders 0.9", "vp --row meanflow", "bridge --row freeflow",
         "linear --row euler --tangent jvp --tangent_warmup 4", "linear --row meanflow", "vp --row shortcut",
         "linear --row lagrange --tangent jvp --compile", "bridge --row meanflow"))])
-def test_runs_and_takes_steps(script, images, teachers, tmp_path, monkeypatch, flags):
+def test_runs_and_takes_steps(run, images, teachers, tmp_path, monkeypatch, flags):
     """Without a number that is not finite; the data-free rows open no data set."""
     kind, *flags = flags.split()
     real = torch.nn.Module.compile  # without the compiler, which takes a minute
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: real(net, backend="aot_eager"))
     data = () if flags[1] in ("freeflow", "direct") and kind != "bridge" else ("--data", images)
-    code, said, err = script("flow_map", "--teacher_ckpt", teachers[kind], *data, "--batch", 4, "--iters", 2,
-                             "--log_every", 1, "--device", "cpu", "--out", tmp_path, *flags)
-    assert code == 0, err
+    said = run("flow_map", "--teacher_ckpt", teachers[kind], *data, *SMALL[2:], "--iters", 2, "--out", tmp_path, *flags)
     assert ("data-free" in said) == (not data) and "skipped" not in said and "nan" not in said
     assert (tmp_path / "flow_map_0000002.png").exists() and (tmp_path / "flow_map.json").exists()
     start = ("--reference", images) if kind == "bridge" else ()
     for more in ((), ("--steps", 4), ("--steps", 3, "--restart", 0.5)):
-        code, _, err = script("sample", "--ckpt", tmp_path / "flow_map.pt", "--n", 3, "--device", "cpu", *start, *more,
-                              "--out", tmp_path / "s.npz")
-        assert code == 0, err
+        run("sample", "--ckpt", tmp_path / "flow_map.pt", "--n", 3, "--device", "cpu", *start, *more, "--out",
+            tmp_path / "s.npz")
 
 
-def test_the_stage_before_is_the_average_that_a_stage_ended_with(script, images, small_teacher, tmp_path):
+def test_the_stage_before_is_the_average_that_a_stage_ended_with(run, images, small_teacher, tmp_path):
     def trained(iters):
-        code, _, err = script("flow_map", "--teacher_ckpt", small_teacher, "--data", images, "--row", "progressive",
-                              "--grid", 4, "--stage_iters", 2, "--batch", 4, "--iters", iters, "--device", "cpu",
-                              "--out", tmp_path)
-        assert code == 0, err
+        run("flow_map", "--teacher_ckpt", small_teacher, "--data", images, "--row", "progressive", "--grid", 4,
+            "--stage_iters", 2, *SMALL[2:], "--iters", iters, "--out", tmp_path)
         return load_checkpoint(tmp_path / "flow_map.pt")
     ended, on = trained(2), trained(3)
     assert all(torch.equal(on["before"][name], weights) for name, weights in ended["ema"].items())
     assert any(not torch.equal(on["ema"][name], weights) for name, weights in ended["ema"].items())
 
 
-def test_the_anchor_has_its_weight(script, images, small_teacher, tmp_path):
+def test_the_anchor_has_its_weight(run, images, small_teacher, tmp_path):
     weights = []
     for anchor in (0, 1, 3):
-        code, _, err = script("flow_map", "--teacher_ckpt", small_teacher, "--data", images, "--anchor", anchor,
-                              "--batch", 4, "--iters", 2, "--device", "cpu", "--out", tmp_path / str(anchor))
-        assert code == 0, err
+        run("flow_map", "--teacher_ckpt", small_teacher, "--data", images, "--anchor", anchor, *SMALL[2:], "--iters", 2,
+            "--out", tmp_path / str(anchor))
         model = load_checkpoint(tmp_path / str(anchor) / "flow_map.pt")["model"]
         weights.append(torch.cat([w.flatten() for w in model.values()]))
     assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:]))
 
 
-def test_a_teacher_learns_on_pairs(script, small_teacher, tmp_path, monkeypatch):
+def test_a_teacher_learns_on_pairs(run, refused, small_teacher, tmp_path, monkeypatch):
     """sample.py writes the noise that an image came from; train_teacher.py joins each image to its own."""
     import train_teacher
-    common = ("--device", "cpu")
     file, drawn = tmp_path / "p.npz", []
-    assert script("sample", "--ckpt", small_teacher, "--n", 6, "--steps", 3, "--pairs", file, *common)[0] == 0
+    run("sample", "--ckpt", small_teacher, "--n", 6, "--steps", 3, "--pairs", file, "--device", "cpu")
     pairs = np.load(file)
     assert pairs["noise"].dtype == np.float16
     net, config = load_model(small_teacher)
@@ -402,17 +360,15 @@ def test_a_teacher_learns_on_pairs(script, small_teacher, tmp_path, monkeypatch)
     assert np.abs(to_uint8(again).astype(int) - pairs["arr_0"]).max() <= 1  # float16 is near enough
     monkeypatch.setattr(train_teacher, "regression_loss", lambda problem, net, b: drawn.append(b) or (
         regression_loss(problem, net, b)))
-    code, _, err = script("train_teacher", "--pairs", file, "--model", "SiT-XXS/4", "--batch", 3, "--iters", 2, "--out",
-                          tmp_path, *common)
-    assert code == 0, err
+    run("train_teacher", "--pairs", file, *SMALL, "--batch", 3, "--iters", 2, "--out", tmp_path)
     for x0, x1 in zip(torch.cat([b.x0 for b in drawn]), torch.cat([b.x1 for b in drawn])):
         i = (x0 - to_device(pairs["arr_0"], "cpu")).flatten(1).abs().amax(1).argmin()
         assert torch.equal(x1, torch.from_numpy(pairs["noise"][i]).float())
-    assert script("train_teacher", "--pairs", file, "--interpolant", "vp", *common, "--out", tmp_path / "q")[0] == 2
+    refused("train_teacher", "--pairs", file, "--interpolant", "vp", *SMALL, "--out", tmp_path / "q", says="linear")
 
 
 @pytest.mark.parametrize("classes", [("cat", "dog", "fox"), None])
-def test_pairs_keep_the_teachers_classes(script, small_teacher, tmp_path, classes):
+def test_pairs_keep_the_teachers_classes(run, refused, small_teacher, tmp_path, classes):
     """Their names, how many have none of the images, or that there are none."""
     state, table = load_checkpoint(small_teacher), "y_embedder.embedding_table.weight"
     n, file, tiny = len(classes or ()), tmp_path / "p.npz", ("--batch", 3, "--iters", 1, "--device", "cpu")
@@ -424,9 +380,8 @@ def test_pairs_keep_the_teachers_classes(script, small_teacher, tmp_path, classe
                    *("--labels", "cat,fox") * bool(n)),
                   ("train_teacher", "--pairs", file, "--model", "SiT-XXS/4", *tiny, "--out", tmp_path),
                   ("flow_map", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--out", tmp_path)):
-        code, _, err = script(*words)
-        assert code == 0, err
-    assert "learnt on pairs" in script("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny)[2]
+        run(*words)
+    refused("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, says="learnt on pairs")
     config = load_model(tmp_path / "teacher.pt")[1]
     assert config["network"]["num_classes"] == n
     assert (tuple(config["classes"]), config["class_counts"]) == (classes, [3, 0, 3]) if n else "classes" not in config

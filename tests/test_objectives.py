@@ -9,7 +9,7 @@ import torch
 
 from common.run import UserError
 from distill import OBJECTIVES, WEIGHTS, Objective, check_objective, critic_loss, gap_loss, student_loss
-from interpolants import (FAMILIES, PREDICTIONS, Batch, Interpolant, Problem, convert, family, known, prediction_scale,
+from interpolants import (FAMILIES, PREDICTIONS, Batch, Interpolant, Problem, convert, known, prediction_scale,
                           regression_loss)
 from test_interpolants import gaussian
 
@@ -178,13 +178,6 @@ def test_realuid_with_one_and_one_is_the_gap(row, prediction, units):
     torch.testing.assert_close(found[0], regression_loss(problem, critic, fake), rtol=0, atol=0)
     plain, limit = (torch.autograd.grad(loss.sum(), moved)[0] for loss in found)
     torch.testing.assert_close(limit, plain, rtol=1e-5, atol=1e-6)
-
-
-def test_fact_6_units_of_a_bridge_that_sees_x1():
-    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    for scale in (1.0, 0.3):
-        problem = Problem(family("bridge", scale), sees_x1=True)
-        torch.testing.assert_close(prediction_scale(problem, "velocity", t, 1), -1 / (2 * t))
 
 
 def test_fact_7_ve_gives_stop_in_velocity_units_no_gradient_and_is_refused():

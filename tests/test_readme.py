@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 
 import common.data
-import fid
 from common.data import draw_digits
 from common.files import load_checkpoint, save_checkpoint
 from common.run import UserError
 from conftest import ROOT
 from sample import choose_labels
-from test_fid import StandIn
+from test_fid import stand_in
 from test_released import released, small_autoencoder
 
 README = (ROOT / "README.md").read_text()
@@ -51,8 +50,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("mnist_test.npz", images=noise(20, 28, 28), labels=np.arange(20) % 10)
     np.savez("mnist.npz", x_train=noise(100, 28, 28), y_train=np.arange(100) % 10)
-    for name, small in (("load_inception", lambda *_: StandIn()), ("POOL", 12), ("SPATIAL", 6), ("SIDE", 32)):
-        monkeypatch.setattr(fid, name, small)
+    stand_in(monkeypatch.setattr)
     pathlib.Path("weights.pth").write_bytes(b"any")
     pixels = noise(1000, 4, 4, 3)
     np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=pixels, mu=np.ones(12), sigma=np.eye(12), mu_s=np.ones(6),
@@ -70,7 +68,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_commands_run_at_tiny_size(script, folder):
+def test_commands_run_at_tiny_size(run, folder):
     """One page after the other in one folder, as a reader would, so that each command finds what those above it have
     written. What is run: every command of these scripts, its flags as written, followed by those of TINY, which win;
     without torchrun, --compile (test_runs compiles) and the shell around it; every network as an XXS one."""
@@ -84,8 +82,7 @@ def test_commands_run_at_tiny_size(script, folder):
             sampled = name == "fid" and flags[0].endswith(".pt")
             few = ["--samples", "1000" if "kid" in " ".join(flags) else "20"] if sampled else []
             side = ["--image_size", "16"] if "--image_size" in flags else []
-            code, _, err = script(name, *flags, *TINY.get(name, TRAINS), *steps, *few, *side)
-            assert code == 0, (page, name, flags, err)
+            run(name, *flags, *TINY.get(name, TRAINS), *steps, *few, *side)
             ran.append(name)
     assert {"train_teacher", "distill", "sample", "score"} <= set(ran) and len(ran) >= 40
 

@@ -19,6 +19,9 @@ from model import SiT, load_model
 from test_runs import Life, same, unix
 
 
+SAMPLE = ("sample", "--vae", "vae.bin", "--n", 2, "--device", "cpu", "--ckpt")
+
+
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -110,23 +113,14 @@ def test_released_files_that_are_not(refused, name, wrap, says):
     refused("distill", "--teacher_ckpt", name, says=("--teacher_ckpt " + name, says))
 
 
-@pytest.fixture
-def run(script):
-    def call(*flags):
-        code, _, err = script(*flags, "--device", "cpu")
-        assert code == 0, err
-    return call
-
-
 @pytest.mark.parametrize("name", ["SiT-XXS-2-64x64.pt", "DiT-XXS-2-64x64.pt"])
 def test_released_weights_are_sampled_and_distilled(run, name):
     """As they are: teacher samples with guidance, a student of them, and its samples, decoded to pixels."""
     released(name, trained)
     torch.save(small_autoencoder().state_dict(), "vae.bin")
-    sample = ("sample", "--vae", "vae.bin", "--n", 2, "--ckpt")
-    run(*sample, name, "--steps", 2, "--solver", "sde", "--cfg_scale", 2, "--out", "t.npz")
-    run("distill", "--vae", "vae.bin", "--teacher_ckpt", name, "--cfg_scale", 2, "--batch", 2, "--iters", 1)
-    run(*sample, "out/student.pt", "--out", "s.npz")
+    run(*SAMPLE, name, "--steps", 2, "--solver", "sde", "--cfg_scale", 2, "--out", "t.npz")
+    run("distill", "--vae", "vae.bin", "--teacher_ckpt", name, "--cfg_scale", 2, *SMALL[2:], "--iters", 1)
+    run(*SAMPLE, "out/student.pt", "--out", "s.npz")
     assert np.load("t.npz")["arr_0"].shape == np.load("s.npz")["arr_0"].shape == (2, 16, 16, 3)
 
 
@@ -204,9 +198,9 @@ def test_latents_are_cached_used_and_decoded(run, folder):
     run(*TRAIN, *FOLDER, "--cache_latents", "cache", "--iters", 1)
     run(*TRAIN, "--data", "cache", "--out", "again", "--iters", 1)
     run("distill", *SMALL[2:], "--data", "cache", "--gan_weight", 0.1, "--vae", "vae.bin", "--iters", 1)
-    run("sample", "--ckpt", "out/student.pt", "--vae", "vae.bin", "--n", 2, "--out", "s.npz")
+    run(*SAMPLE, "out/student.pt", "--out", "s.npz")
     run("flow_map", *SMALL[2:], "--data", "cache", "--vae", "vae.bin", "--iters", 1)
-    run("sample", "--ckpt", "out/flow_map.pt", "--vae", "vae.bin", "--n", 2, "--steps", 2, "--out", "s.npz")
+    run(*SAMPLE, "out/flow_map.pt", "--steps", 2, "--out", "s.npz")
     assert same(*(load_checkpoint(pathlib.Path(out, "teacher.pt"))["ema"] for out in ("out", "again")))
     assert np.load("s.npz")["arr_0"].shape == (2, 16, 16, 3)
     data, vae = load_images("cache"), small_autoencoder()
