@@ -155,9 +155,10 @@ def make_rows():
 
     for flag, values in {"kappa": (0, 1), "weight": ("uniform",), "units": ("velocity",), "t_init": (0.5, 1),
                          "critic_lr": (0.0006, 0.006), "k_psi": (2, 5), "ema": (0.9, 0.995), "batch": (32, 128),
-                         "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
+                         "decay_from": (50,), "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
         for value in values:
             rows[f"sid --{flag} {value}"] = Row("defaults", (LINEAR, student(f"--{flag} {value}")), ONE)
+    rows["sid --decay_from 100, 600 s"] = Row("defaults", (LINEAR, student("--decay_from 100", 600)), ONE)
 
     for reference in ("lowres4", "inpaint", "jpeg10", "{digits}"):
         bridge = teacher(f"--interpolant bridge --reference {reference}")
