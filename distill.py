@@ -184,7 +184,8 @@ class Watched(NamedTuple):
         each."""
         x0, b, given = self.samples(student)[:n], self.b.rows(slice(n)), self.problem.sees_x1
         t = torch.full((n,), self.t, device=x0.device)
-        b, _ = self.problem.noised(b._replace(x0=x0, x1=b.x1 if given else b.x0, t=t))  # b.x0 is noise here
+        x1, z = b.x1 if given else b.x0, b.z.flip(0)  # b.x0 is noise here: none that the sample was made from
+        b, _ = self.problem.noised(b._replace(x0=x0, x1=x1, z=z, t=t))
         return [*[b.x1] * given, x0, self.problem.data(teacher, b), self.problem.data(critic, b)]
 
 
@@ -382,6 +383,9 @@ def open_teacher(args, device):
     shape = noise_levels(problem, config)
     first = student_times(start[1])[0] if start else last_time(problem) if args.flow_weight else None
     args.t_init = args.t_init or first or time_of_noise_ratio(shape, START_RATIO)
+    if args.flow_weight and args.t_init > last_time(problem):
+        raise UserError(f"--t_init {args.t_init:g}: with --flow_weight at most {last_time(problem):g}, where networks "
+                        "on this path end")
     if first and args.student_steps > 1:
         raise UserError(f"--student_steps {args.student_steps}: a flow map takes any number of steps; leave it out")
     one, t = torch.ones(1, 1), torch.tensor([args.t_init])

@@ -37,8 +37,8 @@ from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images
 from common.files import check_archive, download, file_sha256, load_checkpoint, locked, reading, save_file
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image, resize_images
-from common.run import (Parser, UserError, alone, check_writable, code_commit, command, first_process, from_first,
-                        in_turn, number, one_of, progress, start_processes)
+from common.run import (Parser, UserError, alone, check_other, check_writable, code_commit, command, first_process,
+                        from_first, in_turn, number, one_of, progress, start_processes)
 from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named, uneven_counts
 
 # What one pass must collect for a metric, and from how many images at least.
@@ -638,7 +638,7 @@ def combine(parser, words):
         more = [[f"--{flag}", *text.split()] if flag == "cfg_interval" else [f"--{flag}={text}"]
                 for flag, text in zip(table, chosen)]
         try:
-            found.append((dict(zip(table, chosen)), parser.parse_args(sys.argv[1:] + sum(more, []))))
+            found.append((dict(zip(table, chosen)), parser.parse_intermixed_args(sys.argv[1:] + sum(more, []))))
         except UserError as error:
             raise UserError(f"--sweep: {error}") from None
     return found
@@ -734,10 +734,11 @@ def parse_flags():
     add("--n_reference", type=number(int, 1), default=None, help="how many images of REFERENCE; --n is for both sides "
         "(all there are, by a fixed draw; 50000 of a checkpoint)")
     add("--sweep", nargs="+", default=None, metavar="FLAG=A,B", help="a table of SAMPLES, a checkpoint, in every "
-        "combination of these values of sampling flags (cfg_interval='0 1,0.2 0.8'); the records are kept in --json "
-        "(NAME_sweep.json beside NAME.pt), and what is there with the same settings is not computed again")
+        "combination of these values of sampling flags (cfg_interval='0 1,0.2 0.8'), beside one REFERENCE; the records "
+        "are kept in --json (NAME_sweep.json beside NAME.pt), and what is there with the same settings is not computed "
+        "again")
     add_sampling_flags(parser, batch=50, labels="data")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # flags may stand between SAMPLES and REFERENCE
     combinations = combine(parser, args.sweep) if args.sweep else []
     if args.sweep:
         args.json = args.json or f"{os.path.splitext(args.samples)[0]}_sweep.json"
@@ -748,6 +749,7 @@ def parse_flags():
             if pathlib.Path(file).is_dir() or not file.endswith(ending):
                 raise UserError(f"{flag} {file}: give a file name" + f" ending in {ending}" * bool(ending))
             check_writable(flag, pathlib.Path(file).parent)
+            check_other(flag, file, args.samples, args.reference, args.weights)
     if args.save_stats and not STORED.keys() & args.metrics:
         raise UserError(f"--save_stats {args.save_stats}: these --metrics have no statistics to keep, add fid or sfid")
     alone = {"is", *(STORED if args.save_stats else ())}

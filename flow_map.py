@@ -21,8 +21,8 @@ from common.files import load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, send, stack_rows
 from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
                         one_of, put_in_training)
-from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, regression_loss,
-                          start_at, time_of_noise_ratio)
+from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, prediction_scale,
+                          regression_loss, start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
 from sample import add_teacher_flags, choose_labels, column_names, generate, load_teacher, noise_levels, uneven_counts
 
@@ -139,13 +139,10 @@ def tangent_target(problem, row, legs, trip, X):
 
 
 def map_weight(problem, t, ndim):
-    """loss_weight, for noise and score predictions max(1, s^2 / alpha^2) times as much, (B,1,..,1): near t = 1, where
-    one-step samples start, errors of the data prediction count as elsewhere then (arXiv:2202.00512, section 4)."""
+    """loss_weight, raised to what weighs errors of the data prediction by 1 where it weighs them less, (B,1,..,1): for
+    noise, score and vp's velocity, near t = 1, where one-step samples start (arXiv:2202.00512, section 4)."""
     weight = loss_weight(problem, t, ndim)
-    if problem.prediction in ("noise", "score"):
-        k = known(problem, t, ndim)
-        weight = weight * (k.s / k.alpha).square().clamp_min(1)
-    return weight
+    return weight / (weight * prediction_scale(problem, problem.prediction, t, ndim) ** 2).clamp_max(1)
 
 
 def map_loss(problem, row, legs, net, trip):

@@ -366,8 +366,8 @@ def time_grid(problem, steps, end=1e-3):
 def last_time(problem):
     """Where a flow map starts: where grids do, and s / alpha = 50 at most where the network predicts noise or score,
     which say nothing of the data beyond."""
-    return time_of_noise_ratio(problem, 50.0) if problem.prediction in ("noise", "score") else float(
-        time_grid(problem, 1)[0])
+    first = float(time_grid(problem, 1)[0])
+    return min(first, time_of_noise_ratio(problem, 50.0)) if problem.prediction in ("noise", "score") else first
 
 
 def solve(problem, net, b, sampler, noise=None):
@@ -379,8 +379,8 @@ def solve(problem, net, b, sampler, noise=None):
     the data prediction and x_t, exact in law for a bridge as the steps grow; these two make `steps` calls, with
     noise(i) -> (B,C,H,W) for step i.
 
-    euler and heun step in the clock that is regular: s where alpha is constant (ve), whose t only labels the noise
-    level, as EDM does (arXiv:2206.00364, algorithm 1); u = 2/pi asin(sqrt(t)) for bridges; else t. The last interval
+    Velocities step in the clock that is regular: s where alpha is constant (ve), whose t only labels the noise level,
+    as EDM does (arXiv:2206.00364, algorithm 1); u = 2/pi asin(sqrt(t)) for bridges; else t. The last interval
     ends at t = 0, where s = 0 makes a velocity meaningless on several rows: it returns the data prediction, which on
     the linear path is the Euler step.
     """
@@ -399,20 +399,20 @@ def solve(problem, net, b, sampler, noise=None):
     for i in range(len(grid) - 1):
         x, t = b.x_t, torch.full((len(b.x_t),), float(grid[i]), dtype=torch.float32, device=b.x_t.device)
         b, r = b._replace(t=t), torch.full_like(t, float(grid[i + 1]))
-        dt = float(grid[i + 1] - grid[i]) if solver == "sde" else float(clock[i + 1] - clock[i])
+        dt, step = float(grid[i + 1] - grid[i]), float(clock[i + 1] - clock[i])
         out = problem.call(net, b)
         if i == len(grid) - 2:
             return convert(problem, out, "data", b)
         if solver == "posterior":
             x = posterior(path, convert(problem, out, "data", b), x, t, r, noise(i))
         elif solver == "euler":
-            x = x + dt * slope(out, b)
+            x = x + step * slope(out, b)
         elif solver == "heun":
             v = slope(out, b)
-            ahead = b._replace(x_t=x + dt * v, t=r)
-            x = x + 0.5 * dt * (v + slope(problem.call(net, ahead), ahead))
+            ahead = b._replace(x_t=x + step * v, t=r)
+            x = x + 0.5 * step * (v + slope(problem.call(net, ahead), ahead))
         else:
             w = DIFFUSIONS[sampler.diffusion](known(problem, t, x.ndim))
-            drift = convert(problem, out, "velocity", b) - 0.5 * w * convert(problem, out, "score", b)
-            x = x + dt * drift + (-dt * w).sqrt() * noise(i)
+            x = x + step * slope(out, b) + (-dt * w).sqrt() * noise(i)
+            x = x - 0.5 * dt * w * convert(problem, out, "score", b)
         b = b._replace(x_t=x)

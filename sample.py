@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from common.autoencoder import decoder
+from common.data import read_names
 from common.files import reading, save_file, save_safetensors
 from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, read_images, save_picture, side_by_side,
                            square_grid, stack_rows, to_device, to_uint8)
-from common.run import (Parser, UserError, alone, check_idle, check_writable, command, generator, number, one_of,
-                        precision, progress, start_processes, writing)
+from common.run import (Parser, UserError, alone, check_idle, check_other, check_writable, command, generator, number,
+                        one_of, precision, progress, start_processes, writing)
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, follow_map,
                           solve, start_at, student_input, time_grid)
 from model import guided, load_model
@@ -81,6 +82,7 @@ def add_teacher_flags(parser):
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times "
         "at which the teacher is guided")
     add("--data_dir", default="data", help="where downloads and decoded folders are kept")
+    add("--skip_broken", action="store_true", help="leave out images of a folder that cannot be read")
     add("--vae", default=None, help="autoencoder that decodes the latents for pictures")
     add("--reference", default=None, help="what a bridge starts from (its teacher's)")
 
@@ -122,8 +124,7 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
         return torch.stack([torch.randn((net.channels, side, side), generator=g) for g in streams]).to(device)
 
     y = None if labels is None or net.num_classes == 0 else torch.as_tensor(labels, device=device)
-    noise = draw() if x1 is None or "student" in config else None
-    b = Batch(x1=noise if x1 is None else to_device(x1, device), z=draw(), y=y)
+    b = Batch(x1=draw() if x1 is None else to_device(x1, device), z=draw(), y=y)
     with precision(device):
         if is_flow_map(config) and (sampler.steps or 1) > 1:
             grid = time_grid(problem, sampler.steps)
@@ -318,7 +319,8 @@ def read_starts(args, net, config):
     elif labels is None or net.num_classes == 0:  # the null class
         labels = np.full(n, net.num_classes)
     else:
-        labels = find_classes(f"--reference {args.reference}", labels, config)
+        names = read_names(f"--reference {args.reference}", args.reference)  # of a file by sample.py
+        labels = find_classes(f"--reference {args.reference}", [names[y] for y in labels] if names else labels, config)
     return Starts(labels[:n].astype(np.int64), degrade(kind, truth, args.seed) if args.degrade else x1, truth)
 
 
@@ -402,6 +404,7 @@ def main():
     args = parse_flags()
     if not args.export:
         check_output(args.out, math.inf if args.reference else args.n or 64)
+        check_other("--out", args.out, args.reference, args.truth)
     rank, world, device = start_processes(args.device)
     if args.compare:
         return compare(args, device) if rank == 0 else None
@@ -411,9 +414,11 @@ def main():
             save_safetensors(args.export, config, net.state_dict())
             print(f"wrote {args.export}")
         return
-    if args.pairs and ("student" in config or config.get("reference") or config.get("latent")):
+    if args.pairs and ("student" in config or config["interpolant"] == "bridge" or config.get("latent")):
         raise UserError(f"--pairs {args.pairs}: {args.ckpt} is no teacher that makes pixels from noise; leave it out")
     sampler, decode = choose_sampler(args, net, config, args.ckpt), decoder(args.vae, config, device)
+    if args.pairs and sampler.solver == "sde":
+        raise UserError("--solver sde: draws more noise than the x1 that --pairs keeps; leave one out")
     labels, x1, truth = read_starts(args, net, config)
     n, out = len(labels), pathlib.Path(args.out)
     check_output(out, n)
@@ -446,15 +451,19 @@ def main():
     if rank > 0:
         return
     images = np.concatenate(images) if images else None
+    labelled = net.num_classes and (labels < net.num_classes).all()  # the null class is nobody's label
     if truth is not None:
         print(f"PSNR {psnr(images, truth):.2f} dB over {n} images")
     if folder:
-        save_file(out / "labels.txt", lambda f: f.write("".join(f"{label}\n" for label in labels).encode()))
+        (out / "labels.txt").unlink(missing_ok=True)
+        if labelled:
+            names = config.get("classes") or range(net.num_classes)
+            save_file(out / "labels.txt", lambda f: f.write("".join(f"{names[y]}\n" for y in labels).encode()))
     elif out.suffix.lower() == ".npz":
-        more = {} if not args.pairs else {"interpolant": config["interpolant"], "noise": first_noise(
-            net, config, args.seed, range(n)).half().numpy(), "classes": np.array(config.get("classes") or ())}
-        if net.num_classes and (labels < net.num_classes).all():  # the null class is nobody's label
-            more["arr_1"] = labels
+        more = {"arr_1": labels, "classes": np.array(config.get("classes") or ())} if labelled else {}
+        if args.pairs:
+            noise = torch.cat([first_noise(net, config, args.seed, [i]).half() for i in range(n)])
+            more.update(interpolant=config["interpolant"], noise=noise.numpy())
         save_file(out, lambda f: np.savez(f, arr_0=images, **more))
     elif x1 is None:
         save_picture(out, square_grid(images))

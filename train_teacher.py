@@ -135,7 +135,7 @@ def open_data(args, run):
                            f"{max(patch, data.side // patch * patch)} or ") + "choose another patch")
     if args.reference in (None, "noise"):
         return data, None, autoencoder
-    reference = in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
+    reference = in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say, args.skip_broken))
     if reference.kind == "unpaired" and args.prediction not in (None, "data"):
         raise UserError(f"--prediction {args.prediction}: an unpaired bridge is sampled by its posterior, which needs "
                         "the data prediction; leave it out")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import pathlib
 import tarfile
+import zipfile
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -328,7 +329,7 @@ class Reference(NamedTuple):
         return degrade(self.kind, data[chosen[part]], [(seed, step, tag, i) for i in range(*part.indices(len(chosen)))])
 
 
-def load_reference(name, images, data_dir, say=print):
+def load_reference(name, images, data_dir, say=print, skip_broken=False):
     """--reference: a degradation, an .npz with x1 (paired with the data), or another data set -> Reference for images
     (N,H,W,C)."""
     if name in DEGRADATIONS:
@@ -340,7 +341,7 @@ def load_reference(name, images, data_dir, say=print):
             kind = "paired" if "x1" in npz else "unpaired"
     elif pathlib.Path(name).exists() or name in DATA_SETS:
         try:
-            kind, x1 = "unpaired", load_images(name, data_dir, images.shape[1], say=say).images
+            kind, x1 = "unpaired", load_images(name, data_dir, images.shape[1], 0, skip_broken, say).images
         except UserError as error:
             raise UserError(str(error).replace("--data", "--reference", 1)) from None
     else:
@@ -356,9 +357,12 @@ def load_reference(name, images, data_dir, say=print):
 
 
 def read_names(label, path):
-    """Names of the classes that sample.py --pairs keeps beside its images; None of other files."""
+    """Names of the classes that sample.py keeps beside images and labels; None of other files."""
+    if not zipfile.is_zipfile(path):
+        return None
     with reading(label), np.load(path, allow_pickle=False) as npz:
-        return npz["classes"].tolist() or None if {"noise", "classes"} <= set(npz.files) else None
+        known = {"arr_1", "classes"} <= set(npz.files) and npz["arr_1"].max(initial=0) < len(npz["classes"])
+        return npz["classes"].tolist() if known else None
 
 
 def load_pairs(path, interpolant):
@@ -392,7 +396,7 @@ def open_data_of(args, run, config):
     kind, net = config.get("reference"), config["network"]
     side, channels, classes = net["image_size"], net["channels"], net["num_classes"]
     data = in_turn(lambda: load_pairs(args.data, config["interpolant"]) if config.get("pairs") else load_images(
-        args.data, args.data_dir, None if config.get("latent") else side, args.seed, say=run.say))
+        args.data, args.data_dir, None if config.get("latent") else side, args.seed, args.skip_broken, run.say))
     if data.classes and config.get("classes"):
         data = data.among(f"--data {args.data}", config["classes"])
     if (data.channels, data.side) != (channels, side) or classes and data.num_classes != classes:
@@ -403,7 +407,7 @@ def open_data_of(args, run, config):
         raise UserError(f"--data {args.data}: its latents were made with another autoencoder than the teacher's")
     if not kind:
         return data, None
-    reference = in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say))
+    reference = in_turn(lambda: load_reference(args.reference, data.images, args.data_dir, run.say, args.skip_broken))
     if reference.kind != kind:
         raise UserError(f"--reference {args.reference}: is {reference.kind}, the teacher's is {kind}")
     return data, reference

@@ -109,7 +109,7 @@ def as_pillow(image):
 def read_npz(path, flag="--data", say=print):
     """The first of IMAGE_NAMES that is there, for a reference x1 before these -> images (N,H,W,C) uint8 and labels (N,)
     or None. Floats in [0, 1] or [-1, 1] become 0 to 255, which say tells."""
-    label, names = f"{flag} {path}", (("x1", "y1"),) * (flag == "--reference") + IMAGE_NAMES
+    label, names = f"{flag} {path}", (("x1", ""),) * (flag == "--reference") + IMAGE_NAMES
     if not zipfile.is_zipfile(path):
         raise UserError(f"{label}: not a readable .npz file")
     with reading(label):
@@ -119,6 +119,8 @@ def read_npz(path, flag="--data", say=print):
             if found is None:
                 raise UserError(f"{label}: no images inside (looked for {', '.join(pair[0] for pair in names)}; found "
                                 f"{', '.join(npz.files) or 'nothing'})")
+            if found[0] == "x1":  # of a pair: the labels of its x0 are its own
+                found = next((("x1", y) for x, y in IMAGE_NAMES if y in npz and len(npz[y]) == len(npz["x1"])), found)
             images, labels = (npz[name] if name in npz else None for name in found)
         if images.dtype.kind == "f" and images.size and -1 <= images.min() and images.max() <= 1:  # NaN is neither
             low = -1 if images.min() < 0 else 0

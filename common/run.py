@@ -170,6 +170,13 @@ def writing(path):
         raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}; {space})") from None
 
 
+def check_other(flag, path, *read):
+    """Raise UserError where what is to be written is a file or folder that is read."""
+    for name in filter(None, read):
+        if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
+            raise UserError(f"{flag} {path}: is what is read, and would be overwritten; choose another name")
+
+
 def check_writable(flag, folder, size=0):
     """Make the folder, or raise UserError before any work is done that could not be kept: so many bytes of it. (A page
     of a mapped file that finds no room ends the process without a word.)"""

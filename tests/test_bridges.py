@@ -131,6 +131,10 @@ def test_steps_of_a_student():
     torch.testing.assert_close(b.x_t, 0.5 * start + fresh)
     b = student_input(BRIDGE, lambda x, t, y, x1: 0 * x1 + 3, [0.8, 0.4], b, lambda i: noise[i])
     torch.testing.assert_close(b.x_t, 0.6 * 3 + 0.5 * start + fresh)  # alpha x0, as on the path
+    last = student_input(BRIDGE, lambda x, t, y, x1: 0 * x1 + 3, [0.8, 0.4, 0.2], Batch(x1=2 + 0 * b.x1, z=noise[0][1]),
+                         lambda i: noise[i])
+    fresh = (0.2 * 0.2 / 0.4) ** 0.5 * noise[2][1]
+    torch.testing.assert_close(last.x_t, 0.5 * b.x_t + 0.5 * 3 + fresh)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

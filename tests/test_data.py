@@ -14,10 +14,13 @@ from PIL import Image
 
 import common.data
 from common.data import Images, Reference, Stream, batch_indices, draw_digits, list_folder, load_images, read_folder
-from common.images import image_files, read_image, read_images, resize_images, to_device, to_uint8
+from common.images import image_files, read_image, read_images, read_npz, resize_images, to_device, to_uint8
 from common.run import draw_noise
+from conftest import SMALL
+from interpolants import Batch
 from sample import choose_labels
 from test_files import draw, refused
+from train_teacher import draw_batch
 
 CPU = torch.device("cpu")
 
@@ -295,6 +298,36 @@ def test_labels_are_drawn_as_often_as_they_are_in_the_data():
     assert list(choose_labels("fox, cat,1", 4, config)) == [2, 0, 1, 2]
     assert list(choose_labels("data", 4, {**config, "class_counts": [2, 2, 2]})) == [0, 1, 2, 0]
     refused(choose_labels, "cow", 1, config, says="no class cow, only cat, dog, fox")
+
+
+def test_antithetic_rows_have_one_image_and_opposite_noise():
+    stream, x = Stream(0, 4, slice(4), CPU, (1, 2, 2), 3, (0.1, 0.9)), torch.randn(2, 1, 2, 2).repeat_interleave(2, 0)
+    b = draw_batch(stream, 0, Batch(x0=x, x1=x, y=torch.tensor([0, 0, 1, 1])), 0.0, True)
+    assert torch.equal(b.z[::2], -b.z[1::2]) and torch.equal(b.t[::2], b.t[1::2])
+
+
+def test_labels_of_a_pair_and_names_of_classes(run, script):
+    """What sample.py writes reads back as the same classes, whatever their names and order."""
+    x, y = np.zeros((24, 8, 8), np.uint8), np.arange(24) % 12
+    np.savez("pair.npz", x1=x, x_train=x + 1, y_train=y)
+    images, labels = read_npz("pair.npz", "--reference")
+    assert (images == 0).all() and (labels == y).all()
+    for i, name in enumerate(y):
+        pathlib.Path("set", str(name)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[i]).save(f"set/{name}/{i}.png")
+    pathlib.Path("set/3/bad.png").write_bytes(b"none")
+    flags = (*SMALL, "--iters", 1, "--skip_broken", "--data")
+    run("train_teacher", *flags, "set")
+    run("flow_map", *flags[2:], "set")
+    run("sample", "--ckpt", "out/teacher.pt", "--labels", "10,3", "--n", 2, "--steps", 1, "--out", "s.npz")
+    data = load_images("s.npz")
+    assert [data.classes[label] for label in data.labels] == ["10", "3"]
+    run("sample", "--ckpt", "out/teacher.pt", "--labels", "10,3", "--n", 2, "--steps", 1, "--out", "folder")
+    assert pathlib.Path("folder/labels.txt").read_text() == "10\n3\n"
+    np.savez("more.npz", arr_0=x, arr_1=y, classes=["a"])  # of no use for these labels
+    assert load_images("more.npz").num_classes == 12
+    code, _, err = script("flow_map", *SMALL[2:], "--data", "set", "--fresh")
+    assert code == 2 and "add --skip_broken" in err
 
 
 def test_pairs_leave_no_image_out():

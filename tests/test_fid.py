@@ -409,7 +409,7 @@ def test_a_checkpoint_is_sampled_on_the_fly(run, record, quick, small_teacher, m
     about = found["samples"]
     assert [about[key] for key in ("n", "steps", "sampler", "seed", "cfg_scale")] == [12, 3, "euler", 5, 1]
     run("sample", "--ckpt", small_teacher, *flags, "--device", "cpu", "--out", "s.npz")
-    again = record("s.npz", "a.npz", *quick, "--n", 12)
+    again = record("s.npz", "--n", 12, "a.npz", *quick)  # flags in between
     assert again["samples"]["pixels_sha256"] == about["pixels_sha256"]
     assert again["fid"] == pytest.approx(found["fid"], rel=1e-7)
     found = record(small_teacher, small_teacher, *quick, *flags)
@@ -500,7 +500,8 @@ def test_bad_input_ends_in_one_line(refused, quick):
             "a.npz --save_stats x.txt": "--save_stats x.txt",
             "a.npz --metrics kid,fid --save_stats x.npz": "REFERENCE is missing",
             "a.npz b.npz --metrics kid --save_stats x.npz": "add fid or sfid",
-            "a.npz b.npz --json .": "--json .", "a.npz b.npz --weights none.pth": "none.pth"}.items():
+            "a.npz --save_stats a.npz": "--save_stats a.npz: is what is read", "a.npz b.npz --json .": "--json .",
+            "a.npz b.npz --weights none.pth": "none.pth"}.items():
         refused("fid", *quick, *flags.split(), says=says)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import flow_map
 import plane
 import sample
 from common.data import Stream
@@ -12,10 +13,11 @@ from common.files import load_checkpoint, save_checkpoint
 from common.images import to_device, to_uint8
 from common.run import UserError
 from conftest import SMALL
-from flow_map import (ROWS, Legs, Trip, check_tangent, draw_trip, make_legs, map_loss, solve_leg, tangent_target,
-                      trajectory_target)
-from interpolants import (FAMILIES, Batch, Problem, Sampler, convert, ddim, follow_map, leg_weight, loss_weight,
-                          regression_loss, solve, start_at, student_input, time_of_noise_ratio)
+from flow_map import (ROWS, Legs, Trip, check_tangent, draw_times, draw_trip, make_legs, map_loss, map_weight,
+                      solve_leg, tangent_target, trajectory_target)
+from interpolants import (FAMILIES, PREDICTIONS, Batch, Problem, Sampler, convert, ddim, family, follow_map, known,
+                          last_time, leg_weight, loss_weight, prediction_scale, regression_loss, solve, start_at,
+                          student_input, time_of_noise_ratio)
 from model import build_model, load_model
 
 MEANS, STDS = plane.MEANS.double(), plane.STDS.double()
@@ -233,6 +235,54 @@ def test_restart_1_is_the_students_renoising():
     torch.testing.assert_close(follow_map(problem, net, start, grid, 1.0, lambda i: noise[i]), problem.data(net, again))
 
 
+@pytest.mark.parametrize("restart", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("path", ["linear", "vp", "bridge"])
+def test_steps_of_a_perfect_map_keep_the_marginals(path, restart, n=20000, point=0.7, given=1.3):
+    """One point of data: mean and spread of what each step leads to are those of the path."""
+    problem, g, seen = Problem(FAMILIES[path], "data", path == "bridge"), torch.Generator().manual_seed(0), []
+
+    def net(x_t, t, *_, **__):
+        seen.append((t[:1], x_t))
+        return torch.full_like(x_t, point)
+
+    def draw(_):
+        return torch.randn(n, 1, 1, 1, generator=g)
+    x1 = torch.full((n, 1, 1, 1), given) if problem.sees_x1 else draw(0)
+    b, _ = problem.noised(Batch(torch.full((n, 1, 1, 1), point), x1, draw(0), torch.full((n,), 0.8)))
+    follow_map(problem, net, b, [0.8, 0.5, 0.2, 0.0], restart, draw)
+    for t, x in seen[1:]:
+        k = known(problem, t)
+        assert float(x.mean()) == pytest.approx(float(k.alpha * point + k.beta * given * problem.sees_x1), abs=0.02)
+        assert float(x.std()) == pytest.approx(float(k.s), rel=0.03)
+
+
+@pytest.mark.parametrize("path", sorted(FAMILIES))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_error_of_the_data_counts(path, prediction):
+    """By at least 1 (a data prediction's by what it weighs itself), from where maps start down to small times."""
+    for scale in (1, 0.03)[:1 + (path == "bridge")]:
+        problem = Problem(family(path, scale), prediction, path == "bridge")
+        start = last_time(problem)
+        assert start < (0.9991 if path == "bridge" else 1.001) and float(known(problem, torch.tensor([start])).s) > 0
+        t = torch.linspace(0.05, start, 50, dtype=torch.float64)
+        assert float((prediction_scale(problem, prediction, t) ** 2 * map_weight(problem, t, 4)).min()) > 0.99
+
+
+def test_rows_that_stay_learn_the_teachers_prediction():
+    problem, b = setting("linear", dtype=torch.float32)
+    row, b = ROWS["shortcut"]._replace(power=0), b._replace(r=b.t)
+    found = map_loss(problem, row, legs_of(problem, row, lambda b: 0 * b.x_t), lambda x_t, *_, **__: 0.3 * x_t,
+                     trip_of(problem, row, b))
+    error = map_weight(problem, b.t, 4) * (0.3 * b.x_t - teacher(problem, b)) ** 2
+    torch.testing.assert_close(found.float(), error.float().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_borders_are_drawn_as_often_as_told_and_apart():
+    t, r = draw_times(ROWS["lagrange"], 10 ** 5, (0.1, 0.9), torch.Generator().manual_seed(0))
+    for drawn, share in ((t == 0.9, 0.15), (r == 0, 0.15), ((t == 0.9) & (r == 0), 0.15 ** 2)):
+        assert float(drawn.float().mean()) == pytest.approx(share, abs=0.005)
+
+
 def learn(name, batch=128, **knobs):
     """-> the error of a small map trained by this row, and of the teacher's own guess, against the exact map."""
     torch.manual_seed(0)
@@ -336,8 +386,13 @@ def test_the_stage_before_is_the_average_that_a_stage_ended_with(run, images, sm
     assert any(not torch.equal(on["ema"][name], weights) for name, weights in ended["ema"].items())
 
 
-def test_the_anchor_has_its_weight(run, images, small_teacher, tmp_path):
-    weights = []
+def test_the_anchor_has_its_weight(run, images, small_teacher, tmp_path, monkeypatch):
+    weights, loss = [], flow_map.regression_loss
+
+    def check(problem, net, b):
+        assert b.r is b.t  # where the map is the teacher
+        return loss(problem, net, b)
+    monkeypatch.setattr(flow_map, "regression_loss", check)
     for anchor in (0, 1, 3):
         run("flow_map", "--teacher_ckpt", small_teacher, "--data", images, "--anchor", anchor, *SMALL[2:], "--iters", 2,
             "--out", tmp_path / str(anchor))

@@ -184,7 +184,7 @@ def test_orders_of_the_solvers(solver, order):
 
 
 @pytest.mark.parametrize("row, diffusion", [*(("linear", name) for name in sorted(DIFFUSIONS)), ("vp", "sbdm"),
-                                            ("gvp", "sigma"), ("bridge", "constant")])
+                                            ("gvp", "sigma"), ("ve", "sigma"), ("bridge", "constant")])
 def test_sde_has_the_same_marginals(row, diffusion):
     problem = Problem(FAMILIES[row], "data")
     x0, _ = flow(problem, 80, "sde", 4000, diffusion)

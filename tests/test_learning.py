@@ -11,9 +11,10 @@ import torch
 import distill
 import model
 import sample
+from common.data import Stream
 from common.files import load_checkpoint
 from fid import frechet
-from interpolants import Sampler
+from interpolants import FAMILIES, Problem, Sampler, known
 from sample import generate
 
 HALVES = np.where(np.arange(4) < 2, 1.0, -1.0)[:, None].repeat(4, 1)
@@ -48,7 +49,7 @@ def mixture(tmp_path_factory, run_script):
     folder = tmp_path_factory.mktemp("mixture")
     np.savez(folder / "data.npz", x_train=draw(0), y_train=LABELS)
     np.savez(folder / "brighter.npz", x_train=draw(2, brighter=40), y_train=LABELS)
-    np.savez(folder / "pairs.npz", x1=(128 + 30 * PATTERNS[LABELS]).astype(np.uint8), y1=LABELS)
+    np.savez(folder / "pairs.npz", x1=(128 + 30 * PATTERNS[LABELS]).astype(np.uint8), labels=LABELS)
     flags = ("--data", folder / "data.npz", *TINY, "--batch", 32, "--ema", 0.98, "--iters", 400, "--out")
     run_script("train_teacher", *flags, folder / "linear")
     run_script("train_teacher", *flags, folder / "bridge", "--interpolant", "bridge", "--reference",
@@ -204,6 +205,62 @@ def test_guidance_is_the_teachers_alone(spied):
     calls = spied("--cfg_scale", 2)
     assert all(len(c.t) == 16 and (c.y[8:] == 2).all() and (c.y[:8] < 2).all() for c in of(calls, "teacher"))
     assert all(len(c.t) == 8 and (c.y < 2).all() for c in of(calls, "G") + of(calls, "psi"))
+
+
+def test_the_critic_is_guided_where_it_learns(spied):
+    calls = spied("--critic_cfg_scale", 2)
+    assert all(len(c.t) == 16 for c in of(calls, "psi")) and all(len(c.t) == 8 for c in of(calls, "teacher"))
+
+
+def test_the_teacher_is_guided_in_its_interval(run, mixture, tmp_path, monkeypatch):
+    given, guided = [], distill.guided
+    monkeypatch.setattr(distill, "guided", lambda net, *how: given.append(how) or guided(net, *how))
+    distilled(run, mixture, tmp_path, "--cfg_scale", 2, "--cfg_interval", 0.2, 0.6, iters=1)
+    assert (2.0, [0.2, 0.6]) in given
+
+
+@pytest.mark.parametrize("teacher, flags", [("linear", ("--gan_weight", 0.1)), ("linear", ("--student_steps", 2)),
+                                            ("bridge", ())])
+def test_no_noise_serves_twice_and_data_keep_their_labels(run, mixture, tmp_path, monkeypatch, teacher, flags):
+    """Of all that is drawn in four iterations; and no loss is taken at the noise that its samples were made from."""
+    keys, starts, taken, real, told = [], [], [], [], []
+
+    def spy(owner, name, note):
+        call = getattr(owner, name)
+
+        def spied(*given):
+            found = call(*given)
+            note(given, found)
+            return found
+        monkeypatch.setattr(owner, name, spied)
+    spy(Stream, "draw", lambda given, b: keys.append(given[1:]))
+    spy(Stream, "draw_data", lambda given, b: real.append(b))
+    spy(distill, "draw_start", lambda given, b: starts.append(b))
+    spy(distill, "critic_loss", lambda given, _: taken.append(given[3]))
+    spy(distill, "student_loss", lambda given, _: taken.append(given[4]))
+    spy(distill, "discriminate", lambda given, _: told.extend(given[4:]))
+    more = ("--data", mixture / "data.npz") if "--gan_weight" in flags else ()
+    distilled(run, mixture, tmp_path, "--k_psi", 2, "--k_G", 2, *flags, *more, teacher=teacher, iters=4)
+    assert len(set(keys)) == len(keys)
+    assert len({round(float(b.t[0]), 3) for b in starts}) == 1 + ("--student_steps" in flags)
+    for b, start in ((b, start) for b in taken for start in starts):
+        assert not torch.equal(b.z, start.z) and (teacher == "bridge" or not torch.equal(b.x1, start.x1))
+    assert not more or len(real) == len(told) == 8
+    assert not more or all(torch.equal(a.x0, b.x0) and torch.equal(a.y, b.y) for a, b in zip(real, told))
+
+
+def test_the_picture_noises_samples_afresh():
+    """With a perfect student of one point of data for each x1, and networks that give the noise away."""
+    for path in ("linear", "bridge"):
+        problem = Problem(FAMILIES[path], "data", path == "bridge")
+        stream = Stream(0, 4, slice(4), torch.device("cpu"), (1, 2, 2), 0, (0.1, 0.9))
+        watched, seen = distill.watch(problem, stream, [0.8], 0, 0.5, n=10), []
+        student = lambda x, t, *_: 0 * x  # noqa: E731
+        watched.rows(student, lambda x, t, *_: seen.append(x) or x, student)
+        k = known(problem, torch.full((10,), 0.5), 4)
+        eps = (seen[0] - (k.beta * watched.b.x1 if problem.sees_x1 else 0)) / k.s
+        assert not any(torch.allclose(eps[i], made[i], atol=1e-4) for made in (watched.b.x1, watched.b.z)
+                       for i in range(10))
 
 
 def test_a_bridges_networks_see_the_x1_that_the_student_came_from(spied, mixture):
