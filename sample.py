@@ -372,8 +372,8 @@ def parse_flags():
     add = parser.group("what to sample")
     add("--ckpt", help="checkpoint of a teacher or a student")
     add("--compare", nargs=2, metavar=("TEACHER", "STUDENT"), help="draw both side by side instead")
-    add("--out", default="samples.png", help="FILE.png (a grid), FILE.npz (arr_0 images, arr_1 labels) or a FOLDER of "
-        "PNGs")
+    add("--out", default="samples.png", help="FILE.png (a grid), FILE.npz (arr_0 images, arr_1 labels, which "
+        "count among the names `classes`) or a FOLDER of PNGs with the names in labels.txt")
     add("--pairs", default=None, help="FILE.npz: a teacher's images as --out writes them, with the noise that they "
         "were made from, for train_teacher.py --pairs")
     add("--export", default=None, help="FILE.safetensors: write the averaged weights and the configuration there, and "
