@@ -386,6 +386,21 @@ def test_the_stage_before_is_the_average_that_a_stage_ended_with(run, images, sm
     assert any(not torch.equal(on["ema"][name], weights) for name, weights in ended["ema"].items())
 
 
+def test_a_student_begins_as_the_map_it_starts_from(run, images, small_teacher, tmp_path, monkeypatch):
+    given, legs_of_run = [], flow_map.make_legs
+    monkeypatch.setattr(flow_map, "make_legs", lambda *args: given.append(args) or legs_of_run(*args))
+    run("flow_map", "--teacher_ckpt", small_teacher, "--data", images, *SMALL[2:], "--iters", 2, "--lr", 0.01, "--out",
+        tmp_path)
+    assert all(net is not average for _, _, _, net, average, _ in given)
+    run("distill", "--teacher_ckpt", small_teacher, "--student_ckpt", tmp_path / "flow_map.pt", *SMALL[2:],
+        "--iters", 1, "--lr", 1e-12, "--out", tmp_path)
+    known, begun = (load_checkpoint(tmp_path / name)[key] for name, key in (("flow_map.pt", "ema"),
+                                                                             ("resume.pt", "student")))
+    teacher = load_checkpoint(small_teacher)["ema"]
+    assert all(torch.allclose(begun[name], value, atol=1e-7) for name, value in known.items())
+    assert any(not torch.allclose(begun[name], value, atol=1e-4) for name, value in teacher.items())
+
+
 def test_the_anchor_has_its_weight(run, images, small_teacher, tmp_path, monkeypatch):
     weights, loss = [], flow_map.regression_loss
 

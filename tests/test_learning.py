@@ -2,6 +2,7 @@
 
 Class 0 is bright above and dark below or the other way round, class 1 the same from side to side: two modes a class,
 so that a guess by the mean is grey and the sign has to come out of the noise."""
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -213,10 +214,24 @@ def test_the_critic_is_guided_where_it_learns(spied):
 
 
 def test_the_teacher_is_guided_in_its_interval(run, mixture, tmp_path, monkeypatch):
-    given, guided = [], distill.guided
-    monkeypatch.setattr(distill, "guided", lambda net, *how: given.append(how) or guided(net, *how))
-    distilled(run, mixture, tmp_path, "--cfg_scale", 2, "--cfg_interval", 0.2, 0.6, iters=1)
-    assert (2.0, [0.2, 0.6]) in given
+    """In the gap and in the trajectory loss."""
+    given, asked, guided, make_legs = {}, [], distill.guided, distill.make_legs
+
+    def guide(net, *how):
+        found = guided(net, *how)
+        given[found] = how
+        return found
+    monkeypatch.setattr(distill, "guided", guide)
+    monkeypatch.setattr(distill, "make_legs", lambda *args: asked.append(args[2]) or make_legs(*args))
+    distilled(run, mixture, tmp_path, "--cfg_scale", 2, "--cfg_interval", 0.2, 0.6, "--flow_weight", 1, iters=1)
+    assert [given[v_star] for v_star in asked] == [(2.0, [0.2, 0.6])]
+
+
+def test_the_logs_spread_is_that_over_the_samples(run, mixture, tmp_path, monkeypatch):
+    same = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8).expand(10, -1, -1, -1)
+    monkeypatch.setattr(distill.Watched, "samples", lambda self, net: same)
+    distilled(run, mixture, tmp_path, "--log_every", 1, iters=2)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["spread"] == 0
 
 
 @pytest.mark.parametrize("teacher, flags", [("linear", ("--gan_weight", 0.1)), ("linear", ("--student_steps", 2)),
