@@ -197,11 +197,11 @@ def check_writable(flag, folder, size=0):
 def start_processes(device="auto", timeout=86400):
     """-> rank, world size, device. Plain python is one process without a group; torchrun's variables make a group, in
     which a process gives up on another after timeout seconds."""
-    available = {"cuda": torch.cuda.is_available(), "cpu": True,
-                 "mps": torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ}  # gloo knows no mps
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()
+                 and "WORLD_SIZE" not in os.environ, "cpu": True}  # gloo knows no mps
     if device != "auto" and device not in available:
         raise UserError(f"--device {device}: choose from auto, cpu, cuda, mps")
-    kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if device == "auto" else device
+    kind = next(k for k in available if available[k]) if device == "auto" else device
     if not available[kind]:
         raise UserError(f"--device {kind}: not available here, try --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
