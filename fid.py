@@ -398,18 +398,20 @@ def exact():
 
 @torch.no_grad()
 def measure(source, needs, ruler, batch, rank=0, world=1):
-    """One pass over source -> dict of mu, sigma (FID), mu_s, sigma_s (sFID), features (n,2048), logits (n,1008), and
-    pixels (sha256 over the images). needs: a subset of {"fid", "sfid", "features", "logits"}. Batches are dealt to the
-    processes in turn; all but moments is there in the first process only."""
+    """One pass over source -> dict of mu, sigma (FID), mu_s, sigma_s (sFID), features (n,2048), logits (n,1008),
+    pixels (sha256 over the images) and sizes ({(H,W)} of this process's). needs: a subset of {"fid", "sfid",
+    "features", "logits"}. Batches are dealt to the processes in turn; features, logits and pixels are there in the
+    first process only."""
     widths = {"fid": POOL, "sfid": SPATIAL}
     moments = {name: Moments(widths[name], ruler.device) for name in STORED if name in needs}
-    whole, kept = sorted(needs - moments.keys()), []
+    whole, kept, sizes = sorted(needs - moments.keys()), [], set()
     tell = progress(say if rank == 0 else lambda text: None, f"{source.name}: images")
     for start in range(rank * batch, source.n, world * batch):
         with alone():
             images = source.read(range(start, min(start + batch, source.n)))  # a card still measures those before
         hashes = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images]
         alike = len({image.shape for image in images}) == 1
+        sizes |= {image.shape[:2] for image in images}
         groups = (torch.from_numpy(np.stack(group)).to(ruler.device).permute(0, 3, 1, 2)
                   for group in ([images] if alike else [[image] for image in images]))
         with exact():
@@ -421,6 +423,7 @@ def measure(source, needs, ruler, batch, rank=0, world=1):
         kept.append((start, b"".join(hashes), *(out[name] for name in whole)))
         tell(min(start + world * batch, source.n), source.n)
     found = {key: value for name in moments for key, value in zip(STORED[name], moments[name].statistics())}
+    found["sizes"] = sizes
     kept = [(start, hashes, *(value.cpu().numpy() for value in values)) for start, hashes, *values in kept]
     parts = [kept] * world
     if world > 1:
@@ -503,6 +506,9 @@ def precision_recall(samples, reference, device="cpu", k=3):
 def compare(a, b, metrics, device):
     """What was found on SAMPLES and on REFERENCE, {} where there is none -> {metric: value}, all of them finite."""
     values = {}
+    if a.get("sizes") and b.get("sizes") and a["sizes"] != b["sizes"]:
+        one, two = ("x".join(map(str, min(side["sizes"]))) + " and more" * (len(side["sizes"]) > 1) for side in (a, b))
+        say(f"note: SAMPLES are {one}, REFERENCE {two}: how they were resized counts; see --image_size")
     for metric in [m for m in metrics if m in STORED and b]:
         mean, covariance = STORED[metric]
         try:

@@ -254,12 +254,12 @@ def quick(monkeypatch, tmp_path):
 
 @pytest.fixture
 def record(script):
-    """The --json record of a command, with its stdout as "out" and what it saved with --save_stats as "kept"."""
+    """The --json record of a command, with what it printed as "out" and "err" and saved with --save_stats as "kept"."""
     def call(*flags):
         code, out, err = script("fid", *flags, "--json", "record.json")
         assert code == 0, err
         kept = dict(np.load(flags[flags.index("--save_stats") + 1])) if "--save_stats" in flags else None
-        return {**json.loads(pathlib.Path("record.json").read_text()), "out": out, "kept": kept}
+        return {**json.loads(pathlib.Path("record.json").read_text()), "out": out, "err": err, "kept": kept}
     return call
 
 
@@ -304,6 +304,7 @@ def test_gray_images_and_mixed_sizes(record, quick):
     whole, cropped, small = (record(name, "b.npz", *quick, *flags) for name, *flags in (
         ("large.npz",), ("large.npz", "--image_size", 9), ("small.npz",)))
     pixels = [found["samples"]["pixels_sha256"] for found in (whole, cropped, small)]
+    assert "SAMPLES are 20x18, REFERENCE 9x9" in whole["err"] and "SAMPLES are" not in cropped["err"] + small["err"]
     assert pixels[0] != pixels[1] == pixels[2] and cropped["samples"]["image_size"] == 9
 
 
@@ -323,7 +324,7 @@ def test_all_metrics_and_a_complete_record(record, quick, monkeypatch):
     lines = found.pop("out").splitlines()
     assert [line.split()[0] for line in lines] == [f"{metric}@1000" for metric in fid.METRICS] and "+- " in lines[2]
     assert found.keys() == {*fid.METRICS, *("is_std kid_std kid_subset n samples reference weights weights_sha256 "
-                                            "resize dtype versions device processes batch commit kept").split()}
+                                            "resize dtype versions device processes batch commit err kept").split()}
     assert found["n"] == 1000 and found["samples"]["sha256"] == fid.file_sha256("a.npz") and found["resize"] == "tf1"
 
 
