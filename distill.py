@@ -289,7 +289,8 @@ def parse_flags():
         "as in train_teacher.py")
     add("--real_alpha", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's alpha in (0, 1]: below "
         "1 the critic also learns from real data")
-    add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]")
+    add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]; "
+        "its authors' code keeps beta / alpha at 0.98 or 1.02")
     add("--gan_weight", type=number(float, 0), default=0.0, help="weight of an adversarial loss on real data in the "
         "student's loss; 0 = off")
     add("--gan_critic_weight", type=number(float, 0, open_low=True), default=None, help="its weight in the critic's "
