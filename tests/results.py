@@ -154,8 +154,8 @@ def make_rows():
     rows["as published: MeanFlow"] = Row("recipes", (LINEAR, flow_map("meanflow", "--lr 1e-4")), STEPS)
 
     for flag, values in {"kappa": (0, 1), "weight": ("uniform",), "units": ("velocity",), "t_init": (0.5, 1),
-                         "critic_lr": (0.0006, 0.006), "k_psi": (2, 5), "ema": (0.9, 0.995), "batch": (32, 128),
-                         "decay_from": (50,), "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
+                         "lr": (0.0003, 0.0012), "critic_lr": (0.0006, 0.006), "k_psi": (2, 5), "ema": (0.9, 0.995),
+                         "batch": (32, 128), "decay_from": (50,), "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
         for value in values:
             rows[f"sid --{flag} {value}"] = Row("defaults", (LINEAR, student(f"--{flag} {value}")), ONE)
     rows["sid --decay_from 100, 600 s"] = Row("defaults", (LINEAR, student("--decay_from 100", 600)), ONE)
