@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images
@@ -49,7 +50,7 @@ WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weight
            95628359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 PLAIN = {"steps": None, "restart": 0.0, "solver": None, "diffusion": "sigma", "cfg_scale": None,
          "cfg_interval": [0.0, 1.0], "average": None}  # how a REFERENCE checkpoint is sampled beside one of SAMPLES
-SAMPLING = (*PLAIN, "labels", "vae")
+SAMPLING = (*PLAIN, "labels", "vae", "seed")
 SIDE, POOL, SPATIAL, LOGITS = 299, 2048, 17 * 17 * 7, 1008
 
 
@@ -57,14 +58,16 @@ SIDE, POOL, SPATIAL, LOGITS = 299, 2048, 17 * 17 * 7, 1008
 # Inception-v3 as TensorFlow published it in 2015 (arXiv:1512.00567), names as in the ported weights
 
 class Conv(nn.Module):
-    """Convolution and ReLU; the batch norm between them is folded into weight and bias by load_inception."""
+    """Convolution, batch norm and ReLU; load_inception folds the norm into the convolution."""
 
     def __init__(self, inputs, width, kernel, stride=1, padding=None):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, width, kernel, stride, padding or ("same" if stride == 1 else "valid"))
+        padding = padding or ("same" if stride == 1 else "valid")
+        self.conv = nn.Conv2d(inputs, width, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
 
     def forward(self, x):
-        return F.relu(self.conv(x), inplace=True)
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Mixed(nn.Module):
@@ -145,24 +148,13 @@ class Inception(nn.Module):
 
 
 def load_inception(path, device="cpu"):
-    """The ported weights, batch norms (eps 0.001) folded into the convolutions -> Inception, frozen, in eval()."""
-    net, state = Inception(), load_checkpoint(path)
+    """The ported weights, batch norms folded into the convolutions -> Inception, frozen, in eval()."""
+    net = Inception().eval()
     with reading(f"--weights {path}: not the Inception of FID"):
-        for name, parameter in net.named_parameters():
-            if name.endswith("conv.weight"):
-                weight, bn, bias = state[name], name.replace("conv.weight", "bn."), name.replace("weight", "bias")
-                norm = [state.pop(bn + key) for key in ("weight", "bias", "running_mean", "running_var")]
-                state.pop(bn + "num_batches_tracked", None)
-                if bias in state or weight.shape != parameter.shape or any(v.shape != weight.shape[:1] for v in norm):
-                    raise ValueError(f"{name} has shape {tuple(weight.shape)}")  # products of odd ones fill the memory
-                gain, shift, mean, variance = (v.double() for v in norm)
-                scale = gain / (variance + 1e-3).sqrt()
-                state[name] = weight.double() * scale[:, None, None, None]
-                state[bias] = shift - mean * scale
-        for name in state.keys() - net.state_dict().keys():
-            raise ValueError(f"unexpected {name}")
-        net.load_state_dict(state)
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        net.load_state_dict(load_checkpoint(path))
+    for layer in [module for module in net.modules() if isinstance(module, Conv)]:
+        layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+    return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
 def find_weights(given, data_dir):
@@ -179,14 +171,6 @@ def find_weights(given, data_dir):
     return given, sha256
 
 
-def tf1_matrix(n):
-    """(299,n) float32: TensorFlow 1's bilinear resize along one side. Sample i sits at i n / 299 (no half pixels)."""
-    position = torch.arange(SIDE, dtype=torch.float32) * (n / SIDE)
-    low, pixel = position.floor().long(), torch.eye(n)
-    weight = (position - low)[:, None]
-    return (1 - weight) * pixel[low] + weight * pixel[(low + 1).clamp(max=n - 1)]
-
-
 def inception_input(pixels, resize):
     """(B,C,H,W) uint8, C = 1 or 3 -> (B,3,299,299) float32 in [-1, 1]. tf1: as in TensorFlow's graph of 2015, ADM's
     evaluator and torch-fidelity, (x - 128) / 128 included. torch: as pytorch-fid, half pixels and 2 x / 255 - 1."""
@@ -194,8 +178,9 @@ def inception_input(pixels, resize):
     if resize == "torch":
         x = 2 * F.interpolate(x / 255, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
     else:
-        rows, columns = (tf1_matrix(n).to(x.device) for n in x.shape[2:])
-        x = (rows @ (x @ columns.T) - 128) / 128
+        # Sample i sits at i n / 299: corners that meet, of one pixel and one sample more, both cut off again.
+        x = F.interpolate(F.pad(x, (0, 1, 0, 1), "replicate"), (SIDE + 1,) * 2, mode="bilinear", align_corners=True)
+        x = (x[..., :SIDE, :SIDE] - 128) / 128
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
@@ -635,8 +620,8 @@ def combine(parser, words):
     table = {}
     for word in words:
         flag, _, values = word.partition("=")
-        if flag not in (*SAMPLING, "n", "seed") or flag in table or not values:
-            raise UserError(f"--sweep {word}: give FLAG=VALUE,VALUE,... once for each FLAG, which may be n, seed, "
+        if flag not in (*SAMPLING, "n") or flag in table or not values:
+            raise UserError(f"--sweep {word}: give FLAG=VALUE,VALUE,... once for each FLAG, which may be n, "
                             f"{', '.join(SAMPLING)}")
         table[flag] = values.split(",")
     found = []

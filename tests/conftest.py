@@ -104,18 +104,10 @@ def small_teacher(images, tmp_path_factory, run_script):
     return path
 
 
-@pytest.fixture(scope="session")
-def inception(tmp_path_factory):
-    """A weights file for fid.py with random numbers in it."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(inception_weights(), path)
-    return path
-
-
-def inception_weights(seed=0):
-    """A state dict in the layout of the published file, with random numbers that keep features at unit size."""
+def inception_weights():
+    """A state dict in the layout of FID's published file, with random numbers that keep features at unit size."""
     import fid
-    g, state = torch.Generator().manual_seed(seed), {}
+    g, state = torch.Generator().manual_seed(0), {}
     for name, value in fid.Inception().state_dict().items():
         if name.startswith("fc."):
             state[name] = 0.03 * torch.randn(value.shape, generator=g)
