@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common.autoencoder import decoder
 from common.data import Stream, open_for
 from common.files import load_checkpoint, save_checkpoint
-from common.images import save_curves, save_picture, stack_rows, to_uint8
+from common.images import save_curves, save_picture, stack_rows, to_device, to_uint8
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
                         number, one_of, precision, put_in_training)
 from flow_map import DATA_FREE, ROWS, check_tangent, draw_trip, make_legs, map_loss
@@ -57,15 +57,15 @@ RATIO_RANGE = (0.02, 50.0)  # s / alpha of the times that losses are taken at
 # The losses
 
 def gap_loss(D, e, kappa=1.0, weight=1.0):
-    """w [ kappa |D|^2 + 2 <D, e> ] per sample: D = star - psi, e = psi - target, each (B,C,H,W) -> (B,), mean over the
-    pixels. With kappa = 1 it is |star - target|^2 - |psi - target|^2, the generalisation gap of the two predictions."""
-    return (weight * (kappa * D * D + 2 * D * e)).flatten(1).mean(1)
+    """w [ kappa |D|^2 + 2 <D, e> ] per sample: D = star - psi, e = psi - target, each (B,C,H,W), w (B,) -> (B,), mean
+    over the pixels. With kappa = 1 it is |star - target|^2 - |psi - target|^2, the generalisation gap of the two."""
+    return weight * (kappa * D * D + 2 * D * e).flatten(1).mean(1)
 
 
-WEIGHTS = {  # w (B,1,1,1) of the samples x0, the teacher's guess x0_star of them, and the times t
-    "uniform": lambda x0, x0_star, t: torch.ones_like(x0[:, :1, :1, :1]),
+WEIGHTS = {  # w (B,) of the samples x0, the teacher's guess x0_star of them, and the times t (B,)
+    "uniform": lambda x0, x0_star, t: torch.ones_like(t),
     # 1 / mean|x0 - x0*| (SiD, arXiv:2404.04057, eq. 24; the code of DMD2, arXiv:2405.14867)
-    "l1": lambda x0, x0_star, t: 1 / (x0 - x0_star).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-4),
+    "l1": lambda x0, x0_star, t: 1 / (x0 - x0_star).abs().mean((1, 2, 3)).clamp_min(1e-4),
 }
 
 
@@ -160,23 +160,22 @@ class Watched(NamedTuple):
     t: float
     seed: int
 
+    def noise(self, *key):
+        return torch.randn(self.b.z.shape, generator=generator(self.seed, "watched", *key)).to(self.b.z.device)
+
     @torch.no_grad()
     def samples(self, net):
         """net's samples from these starts, (50,C,H,W)."""
-        def draw(i):
-            return [torch.randn(z.shape, generator=generator(self.seed, "watched", i, j)).to(z.device) for j in (0, 1)]
-        z = self.b.z
-        return self.problem.data(net, student_input(self.problem, net, self.times, self.b, draw))
+        b = student_input(self.problem, net, self.times, self.b, lambda i: (self.noise(i, 0), self.noise(i, 1)))
+        return self.problem.data(net, b)
 
     @torch.no_grad()
     def spread(self, teacher):
         """That of the teacher's samples from the same labels and, on bridges, x1, by 25 steps."""
-        def draw(i):
-            z = self.b.z
-            return torch.randn(z.shape, generator=generator(self.seed, "watched", "teacher", i)).to(z.device)
         b = start_at(self.problem, self.b, float(time_grid(self.problem, 25)[0]))
         sampler = Sampler(25, "posterior" if self.problem.sees_x1 else "euler")
-        return float(solve(self.problem, teacher, b, sampler, draw).std(0).mean())
+        x0 = solve(self.problem, teacher, b, sampler, lambda i: self.noise("teacher", i))
+        return float(x0.std(0).mean())
 
     @torch.no_grad()
     def rows(self, student, teacher, critic, n=10):
@@ -196,7 +195,8 @@ def watch(problem, stream, times, seed, t, n=50):
     y = torch.arange(n, device=stream.device) % max(1, stream.num_classes)
     if stream.reference:
         first = np.random.default_rng(seed).integers(len(stream.data.images), size=n)
-        x1, y = stream.references(first, (0, "picture")), stream.labels(first)
+        x1 = to_device(stream.reference.rows(stream.data.images, first, (seed, 0, "picture")), stream.device)
+        y = stream.labels(first)
     return Watched(problem, times, Batch(other, x1, z, y=y), t, seed)
 
 
@@ -222,7 +222,7 @@ class Players(NamedTuple):
         for net, w in zip((*(one.net for one in self.trained()), *self.averages), weights):
             load_weights(net, w, path)
         for one, moments in zip(self.trained(), state["optimizers"]):
-            one.load_moments(moments, path)
+            one.load_moments(moments)
 
 
 def make_players(args, config, teacher, first):
@@ -331,9 +331,6 @@ def check_real(args, config):
     kind, changed = config.get("reference"), [f for f in ("real_alpha", "real_beta") if getattr(args, f) < 1]
     flag = f"--{changed[0]} {getattr(args, changed[0]):g}" if changed else f"--gan_weight {args.gan_weight:g}"
     flow = args.flow_weight and ROWS[args.flow_row].times not in DATA_FREE
-    if not kind and args.reference is not None:
-        raise UserError(f"--reference {args.reference}: the teacher starts from noise, not from a reference; leave it "
-                        "out")
     if kind == "unpaired" and args.units == "velocity":
         raise UserError(f"--units velocity: an unpaired bridge knows no velocity; use --units data (--objective "
                         f"{args.objective} --units data)")

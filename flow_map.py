@@ -358,7 +358,7 @@ def main():
     if state:
         for one, key in ((net, "model"), (average, "ema"), *[(before, "before")] * bool(before)):
             load_weights(one, state[key], run.out / "flow_map.pt")
-        X.load_moments(state["optimizer"], run.out / "flow_map.pt")
+        X.load_moments(state["optimizer"])
         step, state = state["step"], None  # what was read is let go of
     stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
                     (args.t_min, args.t_max), data, reference, uneven_counts(config))

@@ -239,11 +239,12 @@ def posterior(path, x0, x_t, t, r, z):
     """x_r given x_t and x0 for r < t: x0, x_t, z (B,C,H,W), t, r (B,) -> (B,C,H,W).
 
     A Brownian bridge is Markov, so x1 drops out: mean alpha_r x0 + b (x_t - alpha_t x0), variance gamma_r^2 - b^2
-    gamma_t^2 with b = beta_r / beta_t (for gamma = s sqrt(t (1-t)): s^2 r (t-r) / t). Where gamma = 0 this is DDIM's
-    step (arXiv:2010.02502, eq. 12)."""
-    k, j = coefficients(path, t, x_t.ndim, True), coefficients(path, r, x_t.ndim, True)
+    gamma_t^2 with b = beta_r / beta_t (for gamma = s sqrt(t (1-t)): s^2 r (t-r) / t). Where gamma is 0, or falls faster
+    than beta, this is DDIM's step (arXiv:2010.02502, eq. 12)."""
+    k, j = coefficients(path, t, x_t.ndim), coefficients(path, r, x_t.ndim)
     b = j.beta / k.beta
-    return j.alpha * x0 + b * (x_t - k.alpha * x0) + (j.gamma ** 2 - (b * k.gamma) ** 2).clamp_min(0).sqrt() * z
+    kept, fresh = torch.minimum(b, j.s / k.s), (j.gamma ** 2 - (b * k.gamma) ** 2).clamp_min(0).sqrt()
+    return j.alpha * x0 + kept * (x_t - k.alpha * x0) + fresh * z
 
 
 def ddim(problem, x0, b, r):

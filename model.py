@@ -55,14 +55,13 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.half = frequencies // 2
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        frequency = torch.exp(-math.log(10000) / self.half * steps)
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequency = torch.exp(-math.log(10000) / 128 * steps)
         angle = t.float()[:, None] * frequency  # (B,128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))  # (B,D)
 
@@ -128,10 +127,6 @@ class SiT(nn.Module):
                  precondition=None, reference_channels=0, reverse_time=False, timesteps=None, second_time=False):
         super().__init__()
         width, depth, heads = SIZES[size]
-        for name, value, least in (("patch", patch, 1), ("image_size", image_size, 1), ("channels", channels, 1),
-                                   ("num_classes", num_classes, 0), ("reference_channels", reference_channels, 0)):
-            if not isinstance(value, int) or not least <= value <= 1e9:
-                raise ValueError(f"{name} {value!r:.40}")
         self.patch, self.channels, self.num_classes, self.time_scale = patch, channels, num_classes, time_scale
         self.grad_checkpoint = False  # set it to keep only the blocks' inputs for the backward pass
         self.width, self.reference_channels, self.reverse_time = width, reference_channels, reverse_time
@@ -144,9 +139,6 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(width, patch, channels)
         for name, table in (("scales", precondition), ("timesteps", timesteps)):  # (3,K), (K,)
             table = None if table is None else torch.tensor(table, dtype=torch.float32, device="cpu")
-            rows = (3,) if name == "scales" else ()
-            if table is not None and (table.shape[:-1] != rows or not table.isfinite().all()):
-                raise ValueError(f"{name} of shape {tuple(table.shape)}, or not finite")
             self.register_buffer(name, table, persistent=False)
         if not self.pos_embed.is_meta:
             self.initialize()
@@ -330,8 +322,9 @@ def load_model(path, device="cpu", average=None):
         raise UserError(f"{path}: not a checkpoint of this project (it has no configuration)")
     weights = choose_average(content, average, path)
     with reading(f"{path}: its configuration describes no network of this project"):
-        if content["config"]["network"]["image_size"] % content["config"]["network"]["patch"]:
-            raise ValueError("a patch that does not divide the image")
+        side, patch, classes = (content["config"]["network"][name] for name in ("image_size", "patch", "num_classes"))
+        if side % patch or min(side, patch) < 1 or classes < 0:
+            raise ValueError(f"{classes} classes, images of {side} in patches of {patch}")
         net = build_checked(lambda: build_model(content["config"]), weights, path)
     return net.to(device).eval().requires_grad_(False), content["config"]
 

@@ -88,12 +88,15 @@ def add_teacher_flags(parser):
 
 
 def load_teacher(args, device):
-    """--teacher_ckpt -> its network, configuration and problem. Raises UserError where it is none, or where --model or
-    the guidance does not fit it."""
+    """--teacher_ckpt -> its network, configuration and problem. Raises UserError where it is none, or where --model,
+    --reference or the guidance does not fit it."""
     teacher, config = load_named("--teacher_ckpt", args.teacher_ckpt, device)
     if "student" in config:
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is a {'flow map' if is_flow_map(config) else 'student'}, "
                         "give its teacher")
+    if args.reference is not None and not config.get("reference"):
+        raise UserError(f"--reference {args.reference}: the teacher starts from noise, not from a reference; leave it "
+                        "out")
     if args.model not in (None, config["model"]):
         raise UserError(f"--model {args.model}: the teacher {args.teacher_ckpt} is a {config['model']}; leave --model "
                         "out")
@@ -233,6 +236,10 @@ def choose_sampler(args, net, config, name):
     scale, solver = 1.0 if args.cfg_scale is None else args.cfg_scale, args.solver
     if args.restart and not is_flow_map(config):
         raise UserError(f"--restart {args.restart:g}: {name} is no flow map, leave it out")
+    if config.get("pairs") and (args.restart or solver == "sde"):
+        flag = f"--restart {args.restart:g}" if args.restart else "--solver sde"
+        raise UserError(f"{flag}: {name} learnt on pairs, whose noise belongs to its images: fresh noise leaves their "
+                        "law; leave it out")
     if "student" in config:
         most = len(student_times(config))
         if args.steps is not None and args.steps > most and not is_flow_map(config):
@@ -414,7 +421,8 @@ def main():
             save_safetensors(args.export, config, net.state_dict())
             print(f"wrote {args.export}")
         return
-    if args.pairs and ("student" in config or config["interpolant"] == "bridge" or config.get("latent")):
+    noisy = FAMILIES[config["interpolant"]].gamma is not torch.zeros_like  # its z is not kept
+    if args.pairs and ("student" in config or noisy or config.get("latent")):
         raise UserError(f"--pairs {args.pairs}: {args.ckpt} is no teacher that makes pixels from noise; leave it out")
     sampler, decode = choose_sampler(args, net, config, args.ckpt), decoder(args.vae, config, device)
     if args.pairs and sampler.solver == "sde":

@@ -81,9 +81,10 @@ def parse_flags():
 
 def check_flags(args, defaults):
     _, patch = parse_name(args.model)
-    if args.pairs and (args.interpolant == "bridge" or args.vae or args.image_size or args.unconditional or args.flip):
+    noisy = FAMILIES[args.interpolant].gamma is not torch.zeros_like
+    if args.pairs and (noisy or args.vae or args.image_size or args.unconditional or args.flip):
         raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --image_size, --vae, "
-                        "--unconditional, --flip and bridges out")
+                        "--unconditional, --flip, bridges and other paths with gamma out")
     args.data = args.pairs or args.data
     if args.cache_latents and args.skip_broken:
         raise UserError("--skip_broken: --cache_latents encodes every image; leave it out, mend or overwrite broken "
@@ -99,13 +100,12 @@ def check_flags(args, defaults):
     if args.image_size and not args.vae and args.image_size % patch:
         raise UserError(f"--image_size {args.image_size}: not a multiple of the patch size {patch} of --model "
                         f"{args.model}")
-    if args.interpolant == "bridge" and args.reference is None:
+    bridge = args.interpolant == "bridge"
+    if bridge and args.reference is None:
         raise UserError(f"--interpolant bridge: needs --reference, what it starts from ({', '.join(DEGRADATIONS)}, "
                         "paired.npz, another data set, or noise)")
-    bridge = args.interpolant == "bridge"
-    check_idle(args, defaults, (("reference", "--interpolant bridge", bridge),
-                                ("gamma_scale", "--interpolant bridge", bridge),
-                                ("antithetic", "--interpolant bridge", bridge)))
+    check_idle(args, defaults, [(flag, "--interpolant bridge", bridge) for flag in (
+        "reference", "gamma_scale", "antithetic")])
     if FAMILIES[args.interpolant].precondition and args.prediction not in (None, "data"):
         raise UserError(f"--prediction {args.prediction}: {args.interpolant} is preconditioned, its networks predict "
                         "data; leave it out")
@@ -115,7 +115,7 @@ def open_data(args, run):
     """-> Images, Reference or None, and the autoencoder or None. The first process downloads, decodes or encodes; the
     others find the result."""
     if args.pairs:
-        return in_turn(lambda: load_pairs(args.pairs, args.interpolant)), None, None
+        return in_turn(lambda: load_pairs(args.pairs, args.interpolant, run.say)), None, None
     autoencoder, sha256 = load_autoencoder(args.vae, run.device) if args.vae else (None, None)
     if args.cache_latents:
         whole = autoencoder.factor * parse_name(args.model)[1]
@@ -192,7 +192,7 @@ def main():
     if state:
         for network, weights in ((net, state["model"]), (ema, state["ema"])):
             load_weights(network, weights, run.out / "teacher.pt")
-        v.load_moments(state["optimizer"], run.out / "teacher.pt")
+        v.load_moments(state["optimizer"])
         step, state, weights = state["step"], None, None  # what was read is let go of
     if args.compile:
         net.compile()

@@ -137,8 +137,6 @@ def load_autoencoder(path, device="cpu"):
             raise ValueError(f"{levels} levels of {layers} layers")
         widths = tuple(len(renamed[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels))
         channels, latents = renamed["encoder.conv_in.weight"].shape[1], renamed["post_quant_conv.weight"].shape[1]
-        if 0 in (channels, latents, *widths):
-            raise ValueError(f"a width of 0 among {channels}, {latents}, {widths}")
         groups = 32 if all(w % 32 == 0 for w in widths) else math.gcd(*widths)
         net = build_checked(lambda: Autoencoder(channels, latents, widths, layers, groups), renamed, path)
     return net.to(device).eval().requires_grad_(False), file_sha256(path)
@@ -213,7 +211,8 @@ def cache_latents(args, autoencoder, sha256, run):
               "contents": hashlib.sha256(contents.encode()).hexdigest(), "num_classes": len(classes),
               "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
 
-    named = {**record, "classes": list(classes)}  # beside what is compared: older folders have no names
+    def write(complete):  # with names, which are not compared: older folders have none
+        write_record(directory / "record.json", {**record, "classes": list(classes), "complete": complete})
 
     def begin():  # once, by the first process
         check_writable("--cache_latents", directory)
@@ -235,13 +234,11 @@ def cache_latents(args, autoencoder, sha256, run):
         np.lib.format.open_memmap(directory / "latents.npy", "w+", np.float16, shape).flush()
         np.lib.format.open_memmap(directory / "done.npy", "w+", np.uint8, (chunks,)).flush()
         np.save(directory / "labels.npy", labels)
-        write_record(directory / "record.json", {**named, "complete": False})
+        write(complete=False)
 
     first_process(begin)
     with reading(flag, "; delete the folder and start again"):
         latents, done = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("latents", "done"))
-        if (latents.dtype, latents.shape, done.dtype, done.shape) != (np.float16, shape, np.uint8, (chunks,)):
-            raise ValueError("other shapes")
     todo, tell = [k for k in range(run.rank, chunks, run.world) if not done[k]], progress(run.say, "encoding")
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as workers:
         for turn, k in enumerate(todo, 1):
@@ -253,11 +250,5 @@ def cache_latents(args, autoencoder, sha256, run):
             put(directory / "done.npy", done.offset + k, b"\1")
             tell(turn, len(todo))
     wait_for_all()
-
-    def finish():
-        if not np.lib.format.open_memmap(directory / "done.npy", "r").all():
-            raise UserError(f"{flag}: some images are not encoded; run the same command again")
-        write_record(directory / "record.json", {**named, "complete": True})
-
-    first_process(finish)
+    first_process(lambda: write(complete=True))
     return read_latents(directory)

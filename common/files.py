@@ -1,7 +1,6 @@
 """Files, safely: each is written whole or not at all, and whatever a damaged or hostile one does ends in one line."""
 import argparse
 import contextlib
-import gzip
 import hashlib
 import itertools
 import json
@@ -106,15 +105,11 @@ def walk(content, name="", depth=0):
         yield from walk(value, f"{name}.{key}".lstrip("."), depth + 1)
 
 
-def not_finite(content):
-    """The name of the first tensor in a nested dict or list that holds a NaN or an infinity, None without one."""
-    return next((name for name, value in walk(content) if torch.is_tensor(value) and not value.isfinite().all()), None)
-
-
 def save_checkpoint(path, content):
     """A nested dict of tensors, numbers, strings and lists, with its checksum. Raises UserError, with nothing written,
     if a number is not finite."""
-    if sick := not_finite(content):
+    sick = next((name for name, value in walk(content) if torch.is_tensor(value) and not value.isfinite().all()), None)
+    if sick:
         raise UserError(f"iteration {content.get('step')}: {sick} is not finite; {path} is untouched: run the same "
                         "command again, with a lower --lr if this comes back")
 
@@ -227,15 +222,6 @@ def check_archive(path):
                 raise ValueError(f"the entry of {member.filename} swallows the next")
             if member.file_size > max(1 << 28, 100 * member.compress_size):
                 raise ValueError(f"{member.filename} unpacks {member.compress_size} bytes to {member.file_size}")
-
-
-def gunzip(path, most=1 << 28):
-    """The whole content of a .gz file. What swells to more than 256 MiB is none of the data sets that come in one."""
-    with gzip.open(path) as f:
-        content = f.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"more than {most} bytes inside")
-    return content
 
 
 def write_record(path, record):

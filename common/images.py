@@ -92,12 +92,10 @@ def read_image(label, path, size=None):
 
 def resize_images(images, size):
     """(N,H,W,C) uint8 of up to four channels, cropped and resized as files are -> (N,size,size,C)."""
-    def fit(image):
-        image = ImageOps.fit(as_pillow(image), (size, size), Image.Resampling.LANCZOS)
-        return np.asarray(image).reshape(size, size, -1)
     if images.shape[-1] in (2, 4):  # one by one: Pillow takes the last for the transparency of the others
         return np.concatenate([resize_images(channel, size) for channel in np.split(images, images.shape[-1], -1)], -1)
-    return np.stack([fit(image) for image in images])
+    fitted = (ImageOps.fit(as_pillow(image), (size, size), Image.Resampling.LANCZOS) for image in images)
+    return np.stack([np.asarray(image).reshape(size, size, -1) for image in fitted])
 
 
 def as_pillow(image):
@@ -358,11 +356,10 @@ def noisy(image, rng):
 DEGRADATIONS = {"lowres4": lowres4, "inpaint": inpaint, "jpeg10": jpeg10, "noise0.5": noisy}
 
 
-def degrade(name, images, *key):
-    """The reference x1 of a restoration bridge: images (n,H,W,C) uint8 -> the same, degraded. Row i depends on (key, i)
-    alone; key is one sequence of whole numbers per row, or one for all, to which the row is appended."""
-    keys = key[0] if key and not np.isscalar(key[0]) else [(*key, i) for i in range(len(images))]
-    rows = [DEGRADATIONS[name](image, np.random.default_rng(k)) for image, k in zip(images, keys)]
+def degrade(name, images, *key, first=0):
+    """The reference x1 of a restoration bridge: images (n,H,W,C) uint8, rows from `first` on of a whole batch -> the
+    same, degraded. Each depends on its row and the key, whole numbers, alone."""
+    rows = [DEGRADATIONS[name](image, np.random.default_rng((*key, i))) for i, image in enumerate(images, first)]
     return np.stack(rows).round().clip(0, 255).astype(np.uint8)
 
 

@@ -144,8 +144,8 @@ def command(main):
     except SystemExit:
         leave_processes()
         raise
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0 or not error.everywhere:
+    except (UserError, PermissionError) as error:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0 or not getattr(error, "everywhere", True):
             text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # one line, whatever is in it
             print(f"{name}: error: {text}", file=sys.stderr, flush=True)
         leave_processes()
@@ -226,6 +226,7 @@ def start_processes(device="auto", timeout=86400):
                                 world_size=world, timeout=datetime.timedelta(seconds=timeout))
         start_processes.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         start_processes.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        wait_for_all()  # whoever finds a mistake first must not leave, with the addresses, while others still ask
     return rank, world, torch.device(kind)
 
 
@@ -347,22 +348,16 @@ class Trained(NamedTuple):
             self.optimizer.consolidate_state_dict(to=0)
         return self.optimizer.state_dict() if not dist.is_initialized() or dist.get_rank() == 0 else None
 
-    def load_moments(self, state, path):
-        """The optimizer's state out of a checkpoint. Raises UserError where it belongs to other weights."""
-        try:
-            weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-            if any(v.shape not in ((), weights[i].shape) for i, row in state["state"].items() for v in row.values()):
-                raise ValueError("a moment of another shape")
-            moments = {i: {k: v.to(weights[i].device if v.ndim else v.device, copy=True) for k, v in row.items()}
-                       for i, row in state["state"].items()}  # copied: a mapped file is let go of
-            groups = [{**own, "params": was["params"]} for own, was in zip(  # this command's settings, not the file's
-                self.optimizer.param_groups, state["param_groups"], strict=True)]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            for p, row in getattr(self.optimizer, "optim", self.optimizer).state.items():
-                row["step"] = row["step"].to(p.device)  # not with --shard: github.com/pytorch/pytorch/issues/124133
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise UserError(f"{path}: its optimizer does not fit its weights ({type(error).__name__}: {error}); start "
-                            "over with --fresh") from None
+    def load_moments(self, state):
+        """The optimizer's state out of a checkpoint whose weights have been loaded."""
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {i: {k: v.to(weights[i].device if v.ndim else v.device, copy=True) for k, v in row.items()}
+                   for i, row in state["state"].items()}  # copied: a mapped file is let go of
+        groups = [{**own, "params": was["params"]} for own, was in zip(  # this command's settings, not the file's
+            self.optimizer.param_groups, state["param_groups"], strict=True)]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for p, row in getattr(self.optimizer, "optim", self.optimizer).state.items():
+            row["step"] = row["step"].to(p.device)  # not with --shard: github.com/pytorch/pytorch/issues/124133
 
 
 def put_in_training(net, kind, lr, args, **options):
@@ -455,24 +450,23 @@ def lock(out):
     """Keep a second run out of the folder for as long as this process lives: the lock is the system's, so none is left
     by a crash. Raises UserError naming the process that holds it."""
     check_writable("--out", out)
-    if lock.held is not None:
-        os.close(lock.held)
-        lock.held = None
+    if lock.held:
+        lock.held.close()
     with writing(pathlib.Path(out, "lock")):
-        lock.held = os.open(pathlib.Path(out, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        lock.held = open(pathlib.Path(out, "lock"), "a+", buffering=1, errors="replace")
     try:
         import fcntl
         fcntl.flock(lock.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        return
     except BlockingIOError:
-        holder = os.read(lock.held, 200).decode(errors="replace").strip() or "process unknown"
+        lock.held.seek(0)
+        holder = lock.held.read(200).strip() or "process unknown"
         raise UserError(f"--out {out}: another run is writing there ({holder}); wait for it, stop it, or choose "
                         "another folder") from None
-    except OSError:  # some network file systems have no locks
+    except (ImportError, OSError):  # Windows, and some network file systems, have no such locks
         return
-    os.ftruncate(lock.held, 0)
-    os.write(lock.held, f"process {os.getpid()} on {platform.node()}\n".encode())
+    with writing(pathlib.Path(out, "lock")):
+        lock.held.truncate(0)
+        lock.held.write(f"process {os.getpid()} on {platform.node()}\n")
 
 
 lock.held = None
@@ -494,8 +488,7 @@ class Run:
         self.sums, self.norms, self.skipped, self.failures, self.wandb = {}, [], 0, 0, None
         if args.compile:  # one cache for all networks, with gradients and without, of a second time, of halves
             from torch import _dynamo
-            limits = ("recompile_limit", "cache_size_limit")  # the latter in torch 2.6
-            setattr(_dynamo.config, next(name for name in limits if hasattr(_dynamo.config, name)), 64)
+            _dynamo.config.cache_size_limit = 64  # newer torch calls it recompile_limit, and knows this name
         if from_first(self.out.is_dir()):  # a new folder is made and locked when there is something to write
             first_process(lambda: lock(self.out))
 
@@ -525,7 +518,7 @@ class Run:
         if args.fresh and not state["flags"].get("fresh"):
             return None  # that of the run before: the first attempt did not come to put it aside
         changed = {flag: (getattr(args, flag, None), was) for flag, was in {**self.defaults, **state["flags"]}.items()
-                   if flag not in FREE_FLAGS and getattr(args, flag, None) != was}
+                   if flag not in FREE_FLAGS and getattr(args, flag, was and None) != was}  # or gone since, and unused
         mixed = [f"--{flag} {now}: {path} was made with --{flag} {str(was)[:200]}"
                  for flag, (now, was) in changed.items() if flag not in TUNED_FLAGS]
         if mixed:
@@ -672,13 +665,12 @@ class Run:
 
     def report(self, step, save, picture, facts=dict):
         """What follows an iteration: count it as skipped where a gradient was not finite, and, when due, write a line
-        (with facts()), a picture and a checkpoint; stop when told to. Both trainers end here."""
+        (with facts()), a picture and a checkpoint; stop when told to."""
         args = self.args
         finite, self.norms = torch.stack(self.norms).isfinite().all(), []
-        finite = finite if finite.is_cuda else bool(finite)  # nothing waits for a card
-        self.skipped = (self.skipped + 1) * (~finite if torch.is_tensor(finite) else not finite)
+        self.skipped = (self.skipped + 1) * ~finite
         self.add(skipped=self.skipped > 0)
-        if (not torch.is_tensor(finite) or step % args.log_every == 0) and self.skipped >= 10:
+        if (not finite.is_cuda or step % args.log_every == 0) and self.skipped >= 10:  # nothing waits for a card
             raise UserError(f"iteration {step}: losses or gradients were not finite 10 times in a row; lower --lr. "
                             "The last good checkpoint is untouched")
         last = step == args.iters
@@ -692,15 +684,14 @@ class Run:
                      f"{minutes((time.time() - self.began) / 3 * (due - step))}")
         if step % args.log_every == 0 and step > self.first or last:
             self.line(step, **facts())
-        if step % args.save_every == 0 or last:
-            self.failures = keep(lambda: save(step), self.failures, last)
+        stopping = self.stop() and not last
+        if step % args.save_every == 0 or last or stopping:
+            self.failures = keep(lambda: save(step), self.failures, last or stopping)
             wait_for_all()  # as long as it takes, whatever --timeout says
         if args.sample_every and (step % args.sample_every == 0 or last):  # one that fails costs no more than itself
             keep(lambda: self.draw(picture, step), 0, False)
             wait_for_all()
-        if self.stop() and not last:
-            keep(lambda: save(step), self.failures, True)
-            wait_for_all()
+        if stopping:
             self.say(f"stopped after iteration {step}; the same command goes on from here")
             sys.exit(130 if self.stop.number == signal.SIGINT else 0)
 

@@ -27,11 +27,10 @@ import torch
 import torch._dynamo  # as torch does with the first network that is made without memory: it takes a while
 from PIL import Image
 
-import common.data
 import common.files
 from common.autoencoder import Autoencoder, load_autoencoder
 from common.data import CIFAR10_FILE, IDX_FILES, read_cifar10, read_folder, read_idx_set, read_latents
-from common.files import (checksum, download, gunzip, load_checkpoint, load_safetensors, read_record, save_checkpoint,
+from common.files import (checksum, download, load_checkpoint, load_safetensors, read_record, save_checkpoint,
                           save_file, save_safetensors, write_record)
 from common.images import read_image, read_images, read_npz, save_picture
 from common.run import CannotWrite, UserError
@@ -130,22 +129,20 @@ def exported(weights):
         return pathlib.Path(folder, "a").read_bytes()
 
 
-def idx(*shape, content=bytes(100), start=b"\0\0\x08"):
-    return gzip.compress(start + bytes([len(shape)]) + np.array(shape, ">u4").tobytes() + content, mtime=0)
+def idx(*shape):
+    return gzip.compress(bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + bytes(draw(*shape)))
 
 
-def tar(**third):
-    """CIFAR-10 of five images; third: what is odd about the third batch."""
+def tar():
+    """CIFAR-10 of five images."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo("../executed"))  # nothing is unpacked
         for i, content in enumerate(draw(5, 3073), 1):
-            member = tarfile.TarInfo(BATCH.format(i))
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
             member.size = 3073
-            for key, value in third.items() if i == 3 else ():
-                setattr(member, key, value)
-            archive.addfile(member, io.BytesIO(content) if member.isreg() else None)
-    return gzip.compress(buffer.getvalue(), mtime=0)
+            archive.addfile(member, io.BytesIO(content))
+    return gzip.compress(buffer.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,8 +170,6 @@ AUTOENCODER = Autoencoder(3, 1, (2,), 1, groups=2).state_dict()
 IMAGES, LABELS, LATENTS = draw(6, 8, 8, 3), np.arange(6) % 3, np.zeros((6, 2, 2, 1, 2, 2), np.float16)
 LEGACY = {"_use_new_zipfile_serialization": False}
 ARRAYS, CHECKPOINT = npz(x_train=IMAGES, y_train=LABELS), pt({**STATE, "checksum": checksum(STATE)})
-DIGITS, DIGIT_LABELS = (f"mnist/{file}" for file, *_ in IDX_FILES["mnist"][1])
-CIFAR10, BATCH = "cifar10/" + CIFAR10_FILE[0].rsplit("/", 1)[1], "cifar-10-batches-bin/data_batch_{}.bin"
 RECORD = {"complete": True, "shape": [*LATENTS.shape], "image_size": 4, "num_classes": 3,
           "labels": hashlib.sha256(LABELS).hexdigest()}
 RECORD = json.dumps({**RECORD, "checksum": checksum(RECORD)}).encode()
@@ -188,9 +183,6 @@ FORMATS = {  # file: (content, how it is read, what is right of it if it is not 
     "a.npz": (ARRAYS, read_npz, "content"), "packed.npz": (packed(ARRAYS), read_npz, "content"),
     **{f"a.{kind}": (picture(draw(16, 12, 3), kind), read_picture, "shapes") for kind in ("png", "jpeg", "tiff")},
     "16.tiff": (picture(draw(16, 12) * np.uint16(257), "tiff"), read_picture, "shapes"),
-    DIGITS: (idx(5, 8, 8, content=bytes(draw(5, 8, 8))), lambda path: read_idx_set("mnist", "."), "content"),
-    DIGIT_LABELS: (idx(5, content=bytes(draw(5))), lambda path: read_idx_set("mnist", "."), "content"),
-    CIFAR10: (tar(), lambda path: read_cifar10("."), "content"),
     **{f"latents/{name}": (content, lambda path: [*read_latents("latents")], right) for name, content, right in (
         ("latents.npy", npy(LATENTS), "shapes"), ("labels.npy", npy(LABELS), "content"),
         ("record.json", RECORD, "content"))},
@@ -200,9 +192,7 @@ FORMATS = {  # file: (content, how it is read, what is right of it if it is not 
 
 @pytest.fixture
 def whole(monkeypatch):
-    """All of these, taken for what was published: it is the readers that are tried."""
-    monkeypatch.setattr(common.files, "find_fault", lambda *_: None)
-    monkeypatch.setattr(common.data, "gunzip", lambda path: gunzip(path, 1 << 20))
+    """All of these."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # which takes its time
     put("set/a.png", picture(IMAGES[0]))
     for path, (content, *_) in FORMATS.items():
@@ -220,13 +210,23 @@ def outline(value, right="content"):
 
 def test_what_is_whole_is_read_as_it_was(whole):
     save_checkpoint("b.pt", STATE)
-    (images, labels), records, (net, config) = read_cifar10("."), draw(5, 3073), load_model("net.pt")
+    net, config = load_model("net.pt")
     for value, truth in ((load_checkpoint("b.pt"), STATE), (mapped("b.pt"), STATE), (config, CONFIG),
                          (net.state_dict(), WEIGHTS), (load_safetensors("a.safetensors"), AUTOENCODER),
-                         (load_checkpoint("net.safetensors"), {"config": CONFIG, "ema": WEIGHTS}),
-                         (labels, records[:, 0]), (read_idx_set("mnist", "."), [draw(5, 8, 8, 1), draw(5)])):
+                         (load_checkpoint("net.safetensors"), {"config": CONFIG, "ema": WEIGHTS})):
         assert outline(value) == outline(truth)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_data_sets(monkeypatch):
+    """What is published is not here: small ones of its format. (Others are refused by their sha256, below.)"""
+    monkeypatch.setattr(common.files, "find_fault", lambda *_: None)
+    for (file, *_), shape in zip(IDX_FILES["mnist"][1], ((5, 8, 8), (5,))):
+        put(f"mnist/{file}", idx(*shape))
+    put("cifar10/" + CIFAR10_FILE[0].rsplit("/", 1)[1], tar())
+    (images, labels), records = read_cifar10("."), draw(5, 3073)
+    assert outline(read_idx_set("mnist", ".")) == outline([draw(5, 8, 8, 1), draw(5)])
+    assert np.array_equal(labels, records[:, 0])
     assert images.shape == (5, 32, 32, 3) and images[3, 5, 7, 1] == records[3, 1 + 1024 + 5 * 32 + 7]
 
 
@@ -302,7 +302,7 @@ def marked(name, where, value, whole=ARRAYS):
     return whole[:at] + value + whole[at + len(value):]
 
 
-KNOT, BOMB, NAN = [], gzip.compress(bytes(1 << 24)) * 128, float("nan")
+KNOT, NAN = [], float("nan")
 KNOT.append({"a": KNOT})
 LAUGHS = functools.reduce(lambda value, _: [value] * 10, range(7), "ha")
 A, CONV = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}', "encoder.conv_in.weight"
@@ -347,17 +347,9 @@ CLAIMS = {  # file: [(content, what the line says), ...]
     "a.bin": [(pt({**AUTOENCODER, name: value}), says) for name, value, says in [
         (f"encoder.down_blocks.0.resnets.{10 ** 7}.x", torch.zeros(1), "layers"), (7, torch.zeros(1), "KL"),
         (CONV, torch.zeros(1, 9999), "fit"), (CONV, torch.zeros(()), "KL")]],
-    DIGITS: [
-        *((idx(*shape), "") for shape in ((2 ** 31, 2 ** 31, 4), (4, 5, 5), (0, 5, 5))), (BOMB, "bytes inside"),
-        (idx(4, 5, 5, start=b"\0\0\r"), "begins with"), (idx(100), "begins with")],
     "latents/latents.npy": [(npy(latents), "latents of shape") for latents in (
         LATENTS[..., :1], LATENTS[..., 0], LATENTS[:5], np.float32(LATENTS))],
     "latents/labels.npy": [(npy(LABELS[::-1]), "other labels"), (npy(np.int32(LABELS)), "other labels")],
-    CIFAR10: [
-        *((tar(type=kind, linkname=BATCH.format(4)), "is no plain file") for kind in (
-            tarfile.CHRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)), (tar(size=0), "is no plain file"),
-        (tar(pax_headers={"GNU.sparse.map": f"0,3073,{10 ** 12},0", "GNU.sparse.size": "1" * 12}), "is no plain file"),
-        (tar(pax_headers={"size": "9" * 15}), ""), (tar(name="x"), ""), (tar(size=3000), ""), (BOMB, "bytes inside")],
 }
 
 

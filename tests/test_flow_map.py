@@ -68,9 +68,7 @@ def setting(path, n=24, to_zero=0.25, dtype=torch.float64):
     """-> the problem (data prediction) and rows of its path with steps t -> r, a quarter of them to r = 0."""
     problem, g = Problem(FAMILIES[path], "data", path == "bridge"), torch.Generator().manual_seed(0)
     low, high = (time_of_noise_ratio(problem, ratio) for ratio in (0.2, 5.0))
-    k = torch.randint(4, (n,), generator=g)
-    x0, x1, z = torch.randn(3, n, 2, 1, 1, generator=g, dtype=dtype)
-    x0 = MEANS[k][..., None, None].to(dtype) + STDS[k].reshape(-1, 1, 1, 1).to(dtype) * x0
+    x0, (x1, z) = plane.draw_mixture(n, g).to(dtype), torch.randn(2, n, 2, 1, 1, generator=g, dtype=dtype)
     t = torch.linspace(low, high, n, dtype=dtype)
     r = t * torch.rand(n, generator=g, dtype=dtype) * 0.8
     r[:int(to_zero * n)] = 0
