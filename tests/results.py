@@ -98,10 +98,11 @@ def make_rows():
         rows[f"{path} teacher, solvers"] = Row("solvers", (own,), SOLVED)
         for name in OBJECTIVES if path != "ve" else [name for name in OBJECTIVES if name != "cross"]:
             rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}")), ONE)
-        for prediction in ("velocity", "data", "noise") if path != "ve" else ():
-            other = own if prediction == usual else teacher(f"--interpolant {path} --prediction {prediction}")
+        for prediction in sorted({"velocity", "data", "noise"} - {usual}) if path != "ve" else ():
+            other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
             rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), ONE)
+            rows[f"{path} {prediction} map"] = Row("predictions", (other, flow_map()), STEPS)
 
     first = Stage("train_teacher", "", None, 1200)  # README's first command: the scripts' defaults, on digits
     rows["first command, teacher"] = Row("first", (first,), {"50": ""}, data="digits")
