@@ -107,6 +107,9 @@ def make_rows():
     first = Stage("train_teacher", "", None, 1200)  # README's first command: the scripts' defaults, on digits
     rows["first command, teacher"] = Row("first", (first,), {"50": ""}, data="digits")
     rows["first command, student"] = Row("first", (first, student("", None, 300)), ONE, data="digits")
+    other = first._replace(flags="--prediction data")
+    rows["first command, data teacher"] = Row("first", (other,), {"50": ""}, data="digits")
+    rows["first command, data student"] = Row("first", (other, student("", None, 300)), ONE, data="digits")
     rows["first command, a map before"] = Row("first", (  # for a third of the work: an iteration of a map is a quarter
         first, Stage("flow_map", "--teacher_ckpt {0} --data digits", None, 400),
         student("--student_ckpt {1}", None, 200)), ONE, data="digits")
