@@ -282,6 +282,9 @@ def check_row(args):
         fits = False
     if not fits:
         raise UserError(f"--lam {row.lam}: give mu, 1-mu, random or a number in (0, 1]")
+    if row.lam not in ("mu", "1-mu", "random") and float(row.lam) == 1 and row.first in ("student", "average"):
+        raise UserError(f"--lam {row.lam}: the whole step by --first {row.first} is what the map makes already; choose "
+                        "--first teacher or solver")
     if row.mu == 1:
         raise UserError("--mu 1: must be below 1")
     if ("data" in row[1:3] or args.anchor) and args.cfg_scale != 1:
@@ -311,10 +314,12 @@ def main():
     row = check_row(args)
     legs = row[1:3]
     check_idle(args, {**defaults, **ROWS[args.row]._asdict()}, (
-        ("cfg_interval", "--cfg_scale", args.cfg_scale != 1), ("mu", "--lam mu or 1-mu", "mu" in row.lam),
+        ("cfg_interval", "--cfg_scale", args.cfg_scale != 1),
+        ("mu", "finite legs and --lam mu or 1-mu", "mu" in row.lam and row.tangent != "jvp"),
         ("solver_steps", "a solver's leg (--row ctm, direct)", "solver" in legs),
         ("grid", "--row progressive", "before" in legs), ("stage_iters", "--row progressive", "before" in legs),
-        ("tangent_warmup", "--tangent jvp", row.tangent == "jvp"), ("second", "--lam below 1", row.lam != "1"),
+        ("tangent_warmup", "--tangent jvp", row.tangent == "jvp"),
+        ("second", "--lam below 1 and finite legs", row.lam != "1" and (row.lam, row.tangent) != ("mu", "jvp")),
         ("borders", "--times triangle, start or end", row.times in ("triangle", "start", "end")),
         ("t_min", "times below --t_max (--times triangle, end or lognormal)", row.times in (
             "triangle", "end", "lognormal") or row.tangent == "jvp")))

@@ -111,13 +111,16 @@ def load_teacher(args, device):
 @torch.no_grad()
 def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=None, decode=None):
     """Images number `indices` (None: 0, 1, ..., one for each label) of the stream `seed` -> (n,H,W,C) uint8 array.
-    labels: (n,) int64, a list of numbers and names, or None. Raises UserError for a name that is no class.
+    labels: (n,) int64, a list of numbers and names, or None. Raises UserError for a name that is no class and for a
+    bridge without x1.
 
     A student's configuration says so and holds its times, of which it takes sampler.steps (all); a flow map takes any
     number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior. x1 (n,H,W,C)
     uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents.
     Networks run in the trainers' precision, decode in float32 (TF32)."""
     problem, device, side = problem_of(config), next(net.parameters()).device, config["network"]["image_size"]
+    if x1 is None and problem.sees_x1:
+        raise UserError(f"x1 is missing: a bridge ({config['reference']}) starts from images, (n,H,W,C) uint8")
     if net.num_classes and isinstance(labels, (list, tuple)):
         labels = find_classes("labels", labels, config)
     indices = range(len(labels)) if indices is None else indices
@@ -304,7 +307,7 @@ def read_starts(args, net, config):
         raise UserError(f"--reference is missing: {name} is a bridge ({kind}) and needs images to start from: "
                         "--reference FILE_OR_FOLDER")
     side, truth = config["network"]["image_size"], None
-    x1, labels = read_images("--reference", args.reference, side, net.channels)
+    x1, labels = read_images("--reference", args.reference, side, net.channels, args.degrade)
     if args.degrade:
         if kind not in DEGRADATIONS:
             raise UserError(f"--degrade: the bridge's reference is {kind}, not one of {', '.join(DEGRADATIONS)}; "

@@ -270,7 +270,7 @@ def load_images(data, data_dir="data", image_size=None, seed=0, skip_broken=Fals
         return found
     elif path.is_dir():
         images, labels, names = read_folder(path, image_size, data_dir, skip_broken, say)
-    elif path.is_file() and path.suffix == ".npz":
+    elif path.is_file() and path.suffix.lower() == ".npz":
         images, labels = read_npz(path, say=say)
         names = read_names(f"--data {path}", path)
     else:

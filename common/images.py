@@ -44,7 +44,8 @@ def image_files(label, folder):
         place = pathlib.Path(place)
         again = place.resolve() in seen  # links may form loops
         seen.add(place.resolve())
-        folders[:] = sorted(f for f in folders if not again and f != "lost+found" and not leads_back(place / f))
+        folders[:] = sorted(f for f in folders if not again and f != "lost+found" and not f.startswith(".")
+                            and not leads_back(place / f))
         found += [place / name for name in names if not again]
     files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
@@ -117,8 +118,9 @@ def read_npz(path, flag="--data", say=print):
             if found is None:
                 raise UserError(f"{label}: no images inside (looked for {', '.join(pair[0] for pair in names)}; found "
                                 f"{', '.join(npz.files) or 'nothing'})")
-            if found[0] == "x1":  # of a pair: the labels of its x0 are its own
-                found = next((("x1", y) for x, y in IMAGE_NAMES if y in npz and len(npz[y]) == len(npz["x1"])), found)
+            if found[1] not in npz:  # as of x1: the labels of its x0 are its own
+                found = next(((found[0], y) for _, y in IMAGE_NAMES if y in npz and len(npz[y]) == len(npz[found[0]])),
+                             found)
             images, labels = (npz[name] if name in npz else None for name in found)
         if images.dtype.kind == "f" and images.size and -1 <= images.min() and images.max() <= 1:  # NaN is neither
             low = -1 if images.min() < 0 else 0
@@ -139,18 +141,20 @@ def read_npz(path, flag="--data", say=print):
     return images, labels
 
 
-def read_images(flag, path, side, channels):
-    """A file, a folder or an .npz, each image side x side -> (n,side,side,channels) uint8, labels (n,) or None."""
+def read_images(flag, path, side, channels, fit=False):
+    """A file, a folder or an .npz, each image side x side, or with fit, cropped and resized to it as in training ->
+    (n,side,side,channels) uint8, labels (n,) or None."""
     label, path, images = f"{flag} {path}", pathlib.Path(path), []
     if path.is_file() and path.suffix.lower() == ".npz":
-        found, want = read_npz(path, flag), (side, side, channels)
-        if found[0].shape[1:] != want:
-            raise UserError(f"{label}: images of shape {found[0].shape[1:]}, the checkpoint works on {want}")
-        return found
+        (found, labels), want = read_npz(path, flag), (side, side, channels)
+        found = resize_images(found, side) if fit and found.shape[1:3] != want[:2] else found
+        if found.shape[1:] != want:
+            raise UserError(f"{label}: images of shape {found.shape[1:]}, the checkpoint works on {want}")
+        return found, labels
     if not path.exists():
         raise UserError(f"{label}: no such file or folder")
     for file in [path] if path.is_file() else image_files(label, path):
-        image = read_image(label, file)
+        image = read_image(label, file, side if fit else None)
         if image.shape[:2] != (side, side) or channels not in (1, 3):
             raise UserError(f"{label}: {file} is {image.shape[1]}x{image.shape[0]}, the checkpoint works on "
                             f"{side}x{side}x{channels}")

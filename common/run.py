@@ -390,8 +390,9 @@ FREE_FLAGS = {"iters", "out", "wandb", "keep", "fresh", "device", "compile", "lo
 TUNED_FLAGS = {"lr", "critic_lr", "gan_lr", "warmup", "decay_from", "weight_decay", "clip"}
 
 
-NUMBERED = {"teacher": ["samples_*.png", "teacher.pt"], "flow_map": ["flow_map_*.png", "flow_map.pt"],
-            "distill": ["distill_*.png", "student_one_step_*.pth", "resume.pt"]}  # and what goes on, by job
+NUMBERED = {  # and what goes on, by job
+    "teacher": ["samples_*.png", "teacher.pt"], "flow_map": ["flow_map_*.png", "flow_map.pt"],
+    "distill": ["distill_*.png", "student_one_step_*.pth", "resume.pt", "student.pt"]}
 
 
 @functools.lru_cache
@@ -576,12 +577,17 @@ class Run:
         """--fresh: what the run before has numbered does not stand among what this one will, and its checkpoint is not
         what torchrun goes on from when it restarts this one."""
         old = [path for pattern in NUMBERED[self.job] for path in self.out.glob(pattern)]
-        with writing(self.out):
-            for path in old:
-                (self.out / "before_fresh").mkdir(exist_ok=True)
-                path.replace(self.out / "before_fresh" / path.name)
         if old:
-            self.say(f"--fresh: {len(old)} pictures and checkpoints of the run before are in {self.out}/before_fresh")
+            folder, n = self.out / "before_fresh", 0
+            while folder.exists():  # that of an earlier --fresh stays as it is
+                folder, n = self.out / f"before_fresh_{n + 1}", n + 1
+            with writing(self.out):
+                folder.mkdir()
+                for path in old:
+                    path.replace(folder / path.name)
+                if self.log.exists():
+                    shutil.copy2(self.log, folder)
+            self.say(f"--fresh: {len(old)} pictures and checkpoints of the run before are in {folder}, with its log")
 
     def stays(self, line, step):
         try:

@@ -202,7 +202,7 @@ def test_channels_that_are_no_transparency_are_resized_alone():
 
 def test_what_else_lies_in_folders(monkeypatch):
     """Links to classes elsewhere count; loops, links within the folder, pipes and folders of such names do not."""
-    for path in ("set/two/x.png", "elsewhere/one/x.png", "set/lost+found/x.png", "set/two/.hidden.png"):
+    for path in ("set/two/x.png", "elsewhere/one/x.png", "set/lost+found/x.png", "set/.small/x.png", "set/two/.x.png"):
         put(path)
     for link, to in (("set/one", "../elsewhere/one"), ("elsewhere/one/loop", ".."), ("set/all", "two"),
                      ("set/up", ".."), ("set/two/self.png", "self.png"), ("set/two/nowhere.png", "missing")):
@@ -210,7 +210,7 @@ def test_what_else_lies_in_folders(monkeypatch):
     os.mkfifo("set/two/pipe.png")
     os.mkdir("set/two/folder.png")
     files, labels, classes = list_folder("set")
-    assert [str(f) for f in files] == ["set/one/x.png", "set/two/.hidden.png", "set/two/x.png"]
+    assert [str(f) for f in files] == ["set/one/x.png", "set/two/.x.png", "set/two/x.png"]
     assert list(labels) == [0, 1, 1] and classes == ["one", "two"]
     scandir = os.scandir
 
@@ -230,6 +230,7 @@ def test_images_for_a_checkpoint_have_its_shape():
     for path, side, channels in (("set", 4, 3), ("set", 8, 4), ("a.npz", 4, 3), ("a.npz", 8, 1)):
         refused(read_images, "--truth", path, side, channels, says="the checkpoint works on")
     refused(read_images, "--truth", "missing", 8, 3, says="no such file or folder")
+    assert [read_images("", path, 4, 3, True)[0].shape for path in ("set", "a.npz")] == [(n, 4, 4, 3) for n in (2, 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,6 +313,8 @@ def test_labels_of_a_pair_and_names_of_classes(run, script):
     np.savez("pair.npz", x1=x, x_train=x + 1, y_train=y)
     images, labels = read_npz("pair.npz", "--reference")
     assert (images == 0).all() and (labels == y).all()
+    np.savez("mixed.NPZ", images=x, arr_1=y), pathlib.Path("mixed.NPZ.npz").rename("mixed.NPZ")
+    assert load_images("mixed.NPZ").num_classes == 12  # whatever the pair is called
     for i, name in enumerate(y):
         pathlib.Path("set", str(name)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(x[i]).save(f"set/{name}/{i}.png")

@@ -106,6 +106,8 @@ def test_the_lines_of_python(small_teacher, tmp_path, monkeypatch):
     assert choose_labels("three,1", 3, config).tolist() == [3, 1, 3]
     with pytest.raises(UserError, match="labels: this checkpoint has no class ten, only zero, one, two"):
         generate(net, config, ["ten"])
+    with pytest.raises(UserError, match="x1 is missing: a bridge .lowres4. starts from images"):
+        generate(net, {**config, "reference": "lowres4"}, [3])
 
 
 def test_both_first_commands_are_complete():

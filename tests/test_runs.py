@@ -211,8 +211,11 @@ def test_what_a_run_says_keeps_and_puts_aside(run, images, small_teacher, tmp_pa
     assert last["commit"] == commit and (commit is None or re.fullmatch(r"[0-9a-f]{12}\+?", commit))
     assert "nothing to do" in run("distill", *flags, "--iters", 12, "--out", tmp_path)
     said = run("distill", *flags, "--iters", 1, "--fresh", "--out", tmp_path)
-    assert "6 pictures and checkpoints" in said  # the last is what a restart of this run must not go on from
-    assert load_checkpoint(tmp_path / "before_fresh" / "resume.pt")["step"] == 12
+    assert "7 pictures and checkpoints" in said  # one is what a restart of this run must not go on from
+    run("distill", *flags, "--iters", 1, "--fresh", "--out", tmp_path)  # puts its own beside the first, not over it
+    assert load_checkpoint(tmp_path / "before_fresh" / "resume.pt")["step"] == 12 == len(log(
+        tmp_path / "before_fresh", "distill"))
+    assert load_checkpoint(tmp_path / "before_fresh_1" / "student.pt")["step"] == 1
     assert [f.name for f in tmp_path.glob("distill_*.png")] == ["distill_0000001.png"]
     assert len(log(tmp_path, "distill")) == 1
 
@@ -955,7 +958,9 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--grid 8", "without --row progressive"), ("--row shortcut --mu 0.2", "--mu 0.2: does nothing"),
         ("--anchor 1 --cfg_scale 2", ("--cfg_scale 2", "--anchor")),
         ("--row progressive --borders 0.5", "--borders 0.5: does"), ("--row progressive --t_min 0.1", "--t_min 0.1"),
-        ("--row shortcut --lam 1 --second teacher", "--second teacher: does nothing"),
+        ("--row ctm --lam 1 --second teacher", "--second teacher: does nothing"),
+        ("--lam 1", ("--lam 1", "makes already")), ("--row meanflow --mu 0.2", "--mu 0.2: does nothing"),
+        ("--row meanflow --second average", "--second average: does nothing"),
         ("--solver_steps 4", "a solver's leg"), ("--tangent_warmup 9", "without --tangent jvp"),
         ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.5 --t_max 0.4", "--t_min 0.5"),
         ("--teacher_ckpt {seen} --t_max 1", ("--t_max 1", "0.999")), ("--teacher_ckpt {unpaired}", "no velocity"),
