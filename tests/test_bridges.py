@@ -1,4 +1,5 @@
 """Bridges from any reference, students of several steps, real data: closed forms, then whole runs and mistakes."""
+import io
 import json
 import math
 import pathlib
@@ -8,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+import sample as sampling
+import train_teacher
 from common.data import load_images, load_reference
 from common.files import load_checkpoint
 from common.images import DEGRADATIONS, degrade, psnr
@@ -16,7 +19,7 @@ from distill import OBJECTIVES, Head, discriminate, student_loss
 from interpolants import (FAMILIES, Batch, Problem, Sampler, coefficients, family, interpolate, known, posterior,
                           prediction_scale, solve, start_at, student_input, time_grid)
 from model import SiT
-from sample import generate
+from sample import generate, problem_of
 from test_interpolants import draw, gaussian
 from test_model import shaken
 from test_runs import Life, losses, same, unix, weights
@@ -123,9 +126,15 @@ def test_steps_of_a_student():
     assert linear.data(net, b).requires_grad  # the gradient goes through the last step alone
     torch.testing.assert_close(start_at(linear, b, 0.7).x_t, 0.7 * noise[0][0])
 
-    # sample.py may take fewer of them, the first always among them.
+    # sample.py may take fewer of them, the first always among them, and draws anew for each.
     config = {"network": {"image_size": 4, "num_classes": 3}, "interpolant": "linear", "prediction": "data",
               "student": {"times": [0.8, 0.6, 0.4, 0.2]}}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "student_input", lambda problem, net, times, b, draw: (
+            drawn.extend([(b.x1, b.z), draw(1), draw(2)]), student_input(problem, net, times, b, draw))[1])
+        generate(SiT("XXS", 2, 4, 1, 3), config, [0], 0, [0], Sampler(2))
+    assert len({x.flatten()[0].item() for pair in drawn for x in pair}) == 6
     for steps, taken in ((None, [0.8, 0.6, 0.4, 0.2]), (2, [0.8, 0.4]), (1, [0.8])):
         small, seen = SiT("XXS", 2, 4, 1, 3), []
         small.register_forward_hook(lambda _, given, __: seen.append(round(float(given[1][0]), 3)))
@@ -158,8 +167,13 @@ def test_degradations():
     assert (hole[:, 2:6, 2:6] != images[:, 2:6, 2:6]).mean() > 0.9
     hole[:, 2:6, 2:6] = images[:, 2:6, 2:6]
     assert (hole == images).all()
+    buffer = io.BytesIO()
+    Image.fromarray(images[0]).save(buffer, "JPEG", quality=10)
+    assert (made["jpeg10"][0] == np.asarray(Image.open(buffer))).all()
     gray = np.full((20, 32, 32, 1), 128, np.uint8)
     assert (degrade("noise0.5", gray, 0) / 127.5).std() == pytest.approx(0.5, rel=0.1)
+    off = np.stack([gray[0] + 1, gray[0] + 100])
+    assert psnr(gray[:2], off) == psnr(off, gray[:2]) == pytest.approx((48.13 + 8.13) / 2, abs=0.01)
     assert psnr(gray, gray) > 70 and psnr(gray, gray + 1) == pytest.approx(48.13, abs=0.01)
 
 
@@ -170,6 +184,7 @@ def folder(images, tmp_path_factory):
     for name, arrays in {
             "data": {"x_train": pixels, "y_train": np.arange(40) % 4}, "pairs": {"x1": 255 - pixels, "x_train": pixels},
             "other": {"images": pixels[:30, ::-1]}, "x1": {"images": 255 - pixels},
+            "named": {"arr_0": pixels[:4], "arr_1": [0, 1, 0, 1], "classes": ["3", "1"]},
             "many": {"images": np.concatenate([pixels, pixels])},
             "small": {"x1": pixels[:, :4, :4]}, "few": {"x1": pixels[:5]}, "float": {"x1": pixels * 1.0},
             "rgb": {"x_train": pixels[..., None].repeat(3, -1)}, "odd": {"x_train": pixels[:, :6, :6]}}.items():
@@ -219,10 +234,17 @@ def trained(run, folder, images, monkeypatch):
 
 @pytest.mark.parametrize("reference, scale, flags", [
     ("inpaint", 0.03, ("--unconditional",)), ("pairs.npz", 1, ()), ("other.npz", 2, ())])
-def test_every_reference_trains_distills_and_restores(run, trained, tmp_path, reference, scale, flags):
+def test_every_reference_trains_distills_and_restores(run, trained, tmp_path, monkeypatch, reference, scale, flags):
+    problems, solvers = [], []
+    for owner, name, note in ((train_teacher, "regression_loss", lambda problem, *_: problems.append(problem)),
+                              (sampling, "solve", lambda problem, net, b, how, *_: solvers.append(how.solver))):
+        monkeypatch.setattr(owner, name, lambda *given, note=note, real=getattr(owner, name): (
+            note(*given), real(*given))[1])
     teacher, student = trained(reference, "--gamma_scale", scale, *flags), tmp_path / "student.pt"
     config = load_checkpoint(teacher)["config"]
     assert config["gamma_scale"] == scale and config["network"]["reference_channels"] == (reference != "other.npz")
+    for problem in (problems[0], problem_of(config)):
+        assert float(problem.path.gamma(torch.tensor(0.5))) == pytest.approx(0.5 * scale)
     run("distill", "--teacher_ckpt", teacher, "--student_steps", 2, "--out", tmp_path, *FEW)
     assert (teacher.parent / "samples_0000002.png").exists() and (tmp_path / "distill_0000002.png").exists()
     chosen = json.loads((tmp_path / "distill.json").read_text())
@@ -238,9 +260,11 @@ def test_every_reference_trains_distills_and_restores(run, trained, tmp_path, re
         found = sampled("data.npz", "--ckpt", ckpt, "--steps", steps)
         assert found["arr_0"].shape == (40, 8, 8, 1)
         assert "arr_1" not in found if flags else list(found["arr_1"][:5]) == [0, 1, 2, 3, 0]
-    if not flags:  # --labels goes before the file's own
+    if not flags:  # a file's labels by their names; --labels goes before the file's own
+        assert list(sampled("named.npz", "--ckpt", student)["arr_1"]) == [3, 1, 3, 1]
         assert set(sampled("data.npz", "--ckpt", student, "--labels", 2)["arr_1"]) == {2}
         assert list(sampled("x1.npz", "--ckpt", student, "--labels", "balanced")["arr_1"][:5]) == [0, 1, 2, 3, 0]
+    assert set(solvers) == {"posterior"}
     assert "arr_1" not in sampled("x1.npz", "--ckpt", student)  # the null class is nobody's label
     x1, pairs = (sampled(source, "--ckpt", student)["arr_0"] for source in ("x1.npz", "pairs.npz"))
     assert (x1 == pairs).all()  # of a pair, x1 is what is restored
@@ -249,6 +273,16 @@ def test_every_reference_trains_distills_and_restores(run, trained, tmp_path, re
     if reference in DEGRADATIONS:
         assert "PSNR" in sample("data.npz", "--ckpt", student, "--degrade", "--n", 12, out="o.png")
         assert Image.open(tmp_path / "o.png").size[0] > 12 * 8
+
+
+def test_antithetic_pairs_come_from_the_stream_and_reach_the_loss(run, folder, tmp_path, monkeypatch):
+    asked, taken, draw_batch = [], [], train_teacher.draw_batch
+    monkeypatch.setattr(train_teacher, "draw_batch", lambda *given: asked.append(given[2]) or taken.append(
+        draw_batch(*given)) or taken[-1])
+    run("train_teacher", "--data", folder / "pairs.npz", *SMALL, "--interpolant", "bridge", "--reference",
+        folder / "pairs.npz", "--antithetic", "--iters", 2, "--out", tmp_path)
+    for images, b in zip(asked, taken):
+        assert torch.equal(images.x0[::2], images.x0[1::2]) and torch.equal(b.z[::2], -b.z[1::2])
 
 
 def test_what_a_bridge_starts_from_stays_the_same(run, refused, folder, tmp_path, monkeypatch):

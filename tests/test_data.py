@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common.data
 from common.data import Images, Reference, Stream, batch_indices, draw_digits, list_folder, load_images, read_folder
@@ -18,6 +18,7 @@ from common.images import image_files, read_image, read_images, read_npz, resize
 from common.run import draw_noise
 from conftest import SMALL
 from interpolants import Batch
+from model import load_model
 from sample import choose_labels
 from test_files import draw, refused
 from train_teacher import draw_batch
@@ -66,6 +67,7 @@ def test_labels_of_any_numbers_and_floats_of_either_range():
     found = load_images("a.npz")
     assert found.classes == ("0", "100", "900") and list(found.labels) == [2, 1, 1, 0, 0, 0]
     assert "3 classes (0, 100, 900; 1 to 3 images each)" in found.describe()
+    assert found.fingerprint() != found._replace(labels=found.labels[::-1]).fingerprint()
     assert list(found.among("--data", ["900", "cat", "0", "100"]).labels) == [0, 3, 3, 2, 2, 2]
     refused(found.among, "--data", ["0", "100"], says="class 900 is none")
     for low, floats in ((0, x / 255), (-1, x / 127.5 - 1)):
@@ -120,7 +122,14 @@ def test_images_of_all_modes_become_the_same_pixels():
         pixels = read_image("--data", path)
         assert pixels.shape == (12, 16, 3) and pixels.dtype == np.uint8, path
         assert (pixels[:, :7] < 12).all() and (pixels[:, 9:] > 243).all(), path
-        assert read_image("--data", path, 8).shape == (8, 8, 3)
+        middle = Image.fromarray(pixels).resize((8, 8), Image.Resampling.LANCZOS, (2, 0, 14, 12))
+        for resized in (read_image("--data", path, 8), resize_images(pixels[None], 8)[0]):
+            assert np.array_equal(resized, middle)
+    for turn in range(1, 9):
+        held = Image.Exif()
+        held[0x112] = turn
+        put("held.png", Image.fromarray(draw(4, 6, 3)), exif=held)
+        assert np.array_equal(read_image("--data", "held.png"), ImageOps.exif_transpose(Image.open("held.png")))
     lying = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x11a, 2, 4, b"72\0\0")  # no resolution
     for name, exif, shape in (("a.jpg", b"MM\0*\0\0\0\x08\0\x02" + lying + bytes(4), (6, 4, 3)),
                               ("a.webp", b"garbagegarbage", (4, 6, 3))):
@@ -296,6 +305,7 @@ def test_labels_are_drawn_as_often_as_they_are_in_the_data():
         share = np.bincount(y, minlength=3) / len(y)
         assert share[1] == 0 and abs(share[2] - 0.75) < 0.03
     assert abs(np.bincount(choose_labels("uniform", 2000, config)) / 2000 - 1 / 3).max() < 0.04
+    assert (choose_labels("uniform", 50, config) != choose_labels("uniform", 50, config, seed=1)).any()
     assert list(choose_labels("fox, cat,1", 4, config)) == [2, 0, 1, 2]
     assert list(choose_labels("data", 4, {**config, "class_counts": [2, 2, 2]})) == [0, 1, 2, 0]
     refused(choose_labels, "cow", 1, config, says="no class cow, only cat, dog, fox")
@@ -322,6 +332,11 @@ def test_labels_of_a_pair_and_names_of_classes(run, script):
     flags = (*SMALL, "--iters", 1, "--skip_broken", "--data")
     run("train_teacher", *flags, "set")
     run("flow_map", *flags[2:], "set")
+    assert np.bincount(load_images("set", skip_broken=True).labels).tolist() == [2] * 12
+    args = argparse.Namespace(data="pair.npz", data_dir="data", seed=0, skip_broken=False)  # other order of classes
+    data, _ = common.data.open_data_of(args, argparse.Namespace(say=print), load_model("out/teacher.pt")[1])
+    assert [data.classes[label] for label in data.labels] == list(map(str, y))
+    assert data.classes == load_images("set", skip_broken=True).classes != load_images("pair.npz").classes
     run("sample", "--ckpt", "out/teacher.pt", "--labels", "10,3", "--n", 2, "--steps", 1, "--out", "s.npz")
     data = load_images("s.npz")
     assert [data.classes[label] for label in data.labels] == ["10", "3"]

@@ -13,6 +13,7 @@ from PIL import Image
 import common.data
 import fid
 from common.data import draw_digits
+from common.files import load_checkpoint, save_checkpoint
 from common.images import resize_images
 from common.run import UserError
 from conftest import inception_weights
@@ -213,6 +214,8 @@ def test_precision_and_recall():
     distances, to_a, to_b = (np.linalg.norm(u[:, None] - v[None], axis=2) for u, v in ((a, b), (a, a), (b, b)))
     expected = ((distances <= np.sort(to_b)[:, 3]).any(1).mean(), (distances.T <= np.sort(to_a)[:, 3]).any(1).mean())
     assert precision_recall(a, b) == pytest.approx(expected) and 0 < expected[0] < 1
+    found = fid.compare({"features": a}, {"features": b}, ["precision", "recall"], CPU)
+    assert (found["precision"], found["recall"]) == pytest.approx(expected) and expected[0] != expected[1]
     assert precision_recall(a, a + 100) == (0, 0)
 
 
@@ -418,6 +421,13 @@ def test_a_checkpoint_is_sampled_on_the_fly(run, record, quick, small_teacher, m
     found = record(small_teacher, small_teacher, *quick, *flags)
     about = found["reference"]
     assert (about["seed"], about["steps"], about["n"]) == (2 ** 63 - 6, 50, 12) and found["fid"] > 0
+    found = record(small_teacher, small_teacher, *quick, *flags, "--steps", 50, "--labels", "balanced")
+    assert found["samples"]["pixels_sha256"] != found["reference"]["pixels_sha256"]  # other noise
+    state = load_checkpoint(small_teacher)
+    state["config"]["class_counts"] = [9, 1, 1, 1]
+    save_checkpoint("uneven.pt", state)
+    found = record("uneven.pt", "a.npz", *quick, "--n", 12, "--steps", 1)
+    assert found["samples"]["labels"] == "data"
     draw = common.data.draw_digits
     monkeypatch.setattr(common.data, "draw_digits", lambda size, seed: draw(40, size, seed))
     found = record(small_teacher, "digits", *quick, *flags)

@@ -194,6 +194,10 @@ def test_sde_has_the_same_marginals(row, diffusion):
     assert float(x0.std()) == pytest.approx(STD, abs=0.02 + last ** 2)
 
 
+def test_sbdm_is_the_forward_sdes_diffusion():
+    torch.testing.assert_close(DIFFUSIONS["sbdm"](known(Problem(FAMILIES["vp"]), T)), 0.1 + 19.9 * T)  # its beta(t)
+
+
 def test_unknown_names_and_bad_steps_raise():
     x, problem = draw(1, 1, 1, 1), Problem(FAMILIES["linear"])
     for steps, solver, prediction, says in ((0, "euler", "data", "steps"), (2.5, "euler", "data", "steps"),

@@ -121,6 +121,15 @@ def test_tokens_are_in_order_in_memory():
     assert seen == [True] * 7
 
 
+def test_times_are_counted_as_in_every_checkpoint_so_far():
+    net, seen = SiT("XXS", 2, 8, 1, 1, second_time=True), []
+    for embedder in (net.t_embedder, net.r_embedder):
+        embedder.register_forward_pre_hook(lambda _, given: seen.append(float(given[0])))
+    x, t, r = torch.zeros(1, 1, 8, 8), torch.tensor([0.3]), torch.tensor([0.1])
+    net(x, t, r=r), net(x, t)
+    assert seen == pytest.approx([300, 2, 300, 3])
+
+
 def test_queries_and_keys_are_normalised_when_asked():
     norms = {"blocks.0.attn.q_norm.weight", "blocks.0.attn.k_norm.bias"}
     assert norms <= shaken(qk_norm=True).state_dict().keys() and not norms & shaken().state_dict().keys()

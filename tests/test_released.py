@@ -102,6 +102,8 @@ def test_released_dit():
     torch.testing.assert_close(net(x, t, y), eps, atol=1e-5, rtol=1e-5)
     data, theirs = Problem(path, "noise").data(net, Batch(t=t, y=y, x_t=x)), (x - (1 - a).sqrt() * eps) / a.sqrt()
     torch.testing.assert_close(data[1:3], theirs[1:3], atol=1e-4, rtol=1e-4)
+    between = net.timesteps[[37, 500]].lerp(net.timesteps[[38, 501]], 0.25)
+    torch.testing.assert_close(net.clock(between), torch.tensor([37.25, 500.25]), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("name, wrap, says", [
@@ -204,10 +206,11 @@ def test_latents_are_cached_used_and_decoded(run, folder):
     assert same(*(load_checkpoint(pathlib.Path(out, "teacher.pt"))["ema"] for out in ("out", "again")))
     assert np.load("s.npz")["arr_0"].shape == (2, 16, 16, 3)
     data, vae = load_images("cache"), small_autoencoder()
-    pixels = torch.from_numpy(np.array(Image.open("images/a/00.png"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-    for mirror, view in enumerate((pixels, pixels.flip(3))):
-        mean, log_variance = vae.encode(view)
-        np.testing.assert_allclose(data.images[0, mirror], torch.cat([mean, log_variance]), atol=1e-2)
+    for row, name in ((0, "a/00"), (19, "b/19")):  # of the first chunk and of the last
+        pixels = torch.from_numpy(np.array(Image.open(f"images/{name}.png"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+        for mirror, view in enumerate((pixels, pixels.flip(3))):
+            mean, log_variance = vae.encode(view)
+            np.testing.assert_allclose(data.images[row, mirror], torch.cat([mean, log_variance]), atol=1e-2)
     assert data.num_classes == 2 and list(data.labels) == [0] * 10 + [1] * 10
 
 

@@ -28,6 +28,7 @@ import distill
 import sample
 import train_teacher
 from common.autoencoder import Autoencoder
+from common.data import Images, Stream
 from common.files import load_checkpoint, save_checkpoint
 from common.run import Run, StopSignal, Trained, UserError, command, frozen, learning_rate, put_in_training
 from conftest import ROOT, SMALL
@@ -178,7 +179,8 @@ PAIRS = [(FAMILY[i % len(FAMILY)], OBJECTIVE[i % len(OBJECTIVE)]) for i in range
 @pytest.mark.parametrize("row, objective", PAIRS)
 def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objective):
     """And what they leave: checkpoints, log, flags, pictures."""
-    more = {"vp": ("--prediction", "data"), "gvp": ("--prediction", "score"), "bridge": ("--reference", "noise")}
+    more = {"vp": ("--prediction", "data"), "gvp": ("--prediction", "score", "--qk_norm"),
+            "bridge": ("--reference", "noise")}
     tiny = (*SMALL[2:], "--iters", 3, "--save_every", 2, "--sample_every", 2, "--out", tmp_path)
     said = run("train_teacher", "--data", images, *SMALL[:2], *tiny, "--interpolant", row, *more.get(row, ()))
     assert "3/3 (100%)" in said and "left" in said
@@ -186,6 +188,9 @@ def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objec
                                          "samples_0000003.png", "curves.png"}
     net, config = load_model(tmp_path / "teacher.pt")
     assert (config["network"]["num_classes"], config["interpolant"]) == (4, row)
+    assert config["prediction"] == {"vp": "data", "gvp": "score"}.get(row, FAMILIES[row].predict)
+    assert (config["network"]["precondition"] is not None) == (row == "ve")
+    assert config["network"]["qk_norm"] == (row == "gvp")
     run("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--objective", objective, "--cfg_scale", 2)
     assert {"student.pt", "resume.pt", "student_one_step_0000002.pth", "distill.json", "distill_0000002.png",
             "distill_0000003.png"} < set(os.listdir(tmp_path))
@@ -383,12 +388,18 @@ def test_rates_may_change_on_the_way_and_nothing_else(run, refused, flags, tmp_p
     flags = (*flags[job], "--out", tmp_path, "--iters")
     run(job, *flags, 2)
     before = (tmp_path / FILES[job]).read_bytes()
-    mixing = {"train_teacher": ["--interpolant gvp", "--model SiT-XXS/2"], "distill": ["--kappa 3.0", "--ema 0.9"]}
+    mixing = {"train_teacher": ["--interpolant gvp", "--model SiT-XXS/2", "--flip", "--label_dropout 0.2"],
+              "distill": ["--kappa 3.0", "--ema 0.9"]}
     for flag in (*mixing[job], "--batch 8"):
         line = refused(job, *flags, 4, *flag.split(), says=(FILES[job], "choose another --out", "--fresh"))
         assert flag in line.replace("[", ""), line
     refused(job, *flags, 4, "--batch", 8, "--seed", 1, says=("--batch 8", "other too: --seed 1"))
     refused(job, *flags, 1, says=("--iters 1", "at iteration 2 already"))
+    state = load_checkpoint(tmp_path / FILES[job])
+    del state["flags"]["batch"]  # of a version without the flag, which had its default
+    save_checkpoint(tmp_path / FILES[job], state)
+    refused(job, *flags, 4, says="--batch 4: ")
+    (tmp_path / FILES[job]).write_bytes(before)
     assert (tmp_path / FILES[job]).read_bytes() == before
     decay = ("--weight_decay", 0.5) * (job == "train_teacher")
     said = run(job, *flags, 4, "--lr", 1e-5, "--clip", 0.5, "--accum", 2, "--grad_checkpoint", *decay)
@@ -471,6 +482,34 @@ def test_learning_rates():
     assert [learning_rate(step, 8.0, 0, 0) for step in (0, 10 ** 6)] == [8.0, 8.0]
 
 
+def test_a_step_is_clipped_and_has_the_rate_of_its_network_and_iteration():
+    net, args = torch.nn.Linear(1, 1, bias=False), argparse.Namespace(lr=9.0, clip=0.5, warmup=4, decay_from=10)
+    trained = put_in_training(net, torch.optim.SGD, 0.8, argparse.Namespace(shard=False))
+    for step in (0, 40):
+        before, net.weight.grad = float(net.weight), torch.full((1, 1), 3.0)
+        assert float(trained.step(args, step)) == 3
+        assert before - float(net.weight) == pytest.approx(0.5 * learning_rate(step, 0.8, 4, 10), rel=1e-3)
+
+
+def test_the_seed_is_that_of_weights_and_of_draws(run, flags, tmp_path, monkeypatch):
+    seeds, draw = set(), Stream.draw
+    monkeypatch.setattr(Stream, "draw", lambda stream, *key: seeds.add(stream.seed) or draw(stream, *key))
+    for seed in (0, 1):
+        run("train_teacher", *flags["train_teacher"], "--iters", 1, "--seed", seed, "--out", tmp_path / str(seed))
+    one, two = (load_checkpoint(tmp_path / seed / "teacher.pt")["model"]["x_embedder.proj.weight"] for seed in "01")
+    assert seeds == {0, 1} and not torch.allclose(one, two, atol=1e-2)
+
+
+def test_flips_reach_the_data_of_every_stage(run, images, tmp_path, monkeypatch):
+    flips, x0 = [], Images.x0
+    monkeypatch.setattr(Images, "x0", lambda data, *rest: flips.append(data.flip) or x0(data, *rest))
+    run("train_teacher", "--data", images, *SMALL, "--flip", "--iters", 1, "--out", tmp_path)
+    n = len(flips)
+    run("flow_map", "--teacher_ckpt", tmp_path / "teacher.pt", "--data", images, *SMALL[2:], "--iters", 1, "--out",
+        tmp_path)
+    assert 0 < n < len(flips) and all(flips)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
@@ -489,6 +528,9 @@ def test_two_processes_walk_the_path_of_one(run, flags, tmp_path, job, more):
     one, two = (losses(tmp_path / out, job) for out in ("one", "two"))
     assert len(one) == 4
     np.testing.assert_allclose(one, two, atol=1e-4, rtol=1e-4)
+    lines = log(tmp_path / "two", job)
+    for a, b in zip(lines, lines[1:]):  # images of all processes
+        assert b["images_per_second"] * (b["seconds"] - a["seconds"]) == pytest.approx(4, rel=1e-3)
 
 
 @pytest.mark.parametrize("job, more", [
@@ -821,6 +863,18 @@ def test_image_i_depends_on_seed_and_i_alone(run, small_teacher, tmp_path, solve
     assert len(np.unique(a, axis=0)) == 6
 
 
+def test_every_flag_of_sampling_changes_the_images(run, checkpoints, small_teacher, tmp_path):
+    guided = "--cfg_scale 3"
+    for ckpt, settings in ((small_teacher, ("", "--steps 5", "--seed 1", guided, f"{guided} --cfg_interval 0.4 0.6",
+                                            "--solver heun", "--solver sde", "--solver sde --diffusion constant")),
+                           (checkpoints["map"], ("", "--restart 0.5", "--restart 1"))):
+        made = set()
+        for flags in settings:
+            run("sample", "--ckpt", ckpt, "--n", 4, "--steps", 4, *flags.split(), "--out", tmp_path / "s.npz")
+            made.add(np.load(tmp_path / "s.npz")["arr_0"].tobytes())
+        assert len(made) == len(settings)
+
+
 def test_an_export_is_a_checkpoint_with_the_average_that_was_chosen(run, refused, small_teacher, tmp_path):
     """The same samples from the file, from the average among others and from it alone; the same teacher for a run."""
     state, made = load_checkpoint(small_teacher), []
@@ -852,6 +906,10 @@ def test_compare_draws_both(run, checkpoints, tmp_path, monkeypatch):
     asked = [(sampler.steps, sampler.cfg_scale, sampler.cfg_interval[0], seed, list(labels))
              for _, _, labels, seed, _, sampler, *_ in (call.args for call in spy.call_args_list)]
     assert (3, 2.0, 0.2, 0, [0, 1, 2, 3] * 5) in asked and (1, 1.0, 0.0, 0, [0, 1, 2, 3] * 5) in asked
+    spy.reset_mock()
+    run("sample", *flags, "--batch", 8, "--out", tmp_path / "c.png")
+    asked = [call.args[4] for call in spy.call_args_list]
+    assert asked == [range(1), range(8), range(8, 16), range(16, 20)] * 2
     width, height = Image.open(tmp_path / "c.png").size
     assert width > 2 * height
 
