@@ -78,7 +78,7 @@ ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = ("linear teacher", "sid, 360 s", "sid, 4 steps, 360 s", "map lagrange, 360 s", "map for 1/3, then sid, 360 s",
-           "map for 1/1.5, then sid, 360 s")  # of the README
+           "map for 1/1.5, then sid, 360 s", "linear data teacher", "linear data student", "linear data map")  # README
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
