@@ -102,6 +102,7 @@ def make_rows():
             other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
             rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), ONE)
+            rows[f"{path} {prediction} student, lr 2e-4"] = Row("predictions", (other, student("--lr 2e-4", 600)), ONE)
             rows[f"{path} {prediction} map"] = Row("predictions", (other, flow_map()), STEPS)
 
     first = Stage("train_teacher", "", None, 1200)  # README's first command: the scripts' defaults, on digits
@@ -109,7 +110,9 @@ def make_rows():
     rows["first command, student"] = Row("first", (first, student("", None, 300)), ONE, data="digits")
     other = first._replace(flags="--prediction data")
     rows["first command, data teacher"] = Row("first", (other,), {"50": ""}, data="digits")
-    rows["first command, data student"] = Row("first", (other, student("", None, 300)), ONE, data="digits")
+    for name, flags in (("", ""), (", lr 2e-4", "--lr 2e-4")):
+        rows[f"first command, data student{name}"] = Row(
+            "first", (other, student(flags, None, 300)), ONE, data="digits")
     rows["first command, a map before"] = Row("first", (  # for a third of the work: an iteration of a map is a quarter
         first, Stage("flow_map", "--teacher_ckpt {0} --data digits", None, 400),
         student("--student_ckpt {1}", None, 200)), ONE, data="digits")
@@ -141,7 +144,7 @@ def make_rows():
     for seconds in (120, 360, 900, 1500):
         rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), ONE)
     for flags in ("t_init 0.259", "t_init 0.567", "t_init 0.676", "weight uniform", "units velocity", "t_min 0.05",
-                  "t_max 0.67", "ema 0.9", "k_psi 2", "critic_lr 6e-3", "kappa 0"):  # 0.259 to 0.676: s/alpha 1, 5, 10
+                  "t_max 0.67", "ema 0.9", "k_psi 2", "lr 2e-4", "critic_lr 6e-3", "kappa 0"):  # s/alpha 1, 5, 10
         rows[f"vp, --{flags}"] = Row("vp", (vp, student(f"--{flags}")), ONE)
     for name in ("lagrange", "shortcut"):
         rows[f"vp map {name}"] = Row("vp", (vp, flow_map(name)), STEPS)
