@@ -276,13 +276,15 @@ def parse_flags():
 def check_row(args):
     """The flags' Row. Raises UserError where they do not make one."""
     row = Row(*(getattr(args, knob) for knob in Row._fields))
-    try:
-        fits = row.lam in ("mu", "1-mu", "random") or 0 < float(row.lam) <= 1
-    except ValueError:
-        fits = False
-    if not fits:
-        raise UserError(f"--lam {row.lam}: give mu, 1-mu, random or a number in (0, 1]")
-    if row.lam not in ("mu", "1-mu", "random") and float(row.lam) == 1 and row.first in ("student", "average"):
+    if row.lam not in ("mu", "1-mu", "random"):
+        try:
+            lam = float(row.lam)
+        except ValueError:
+            lam = 0.0
+        if not 0 < lam <= 1:
+            raise UserError(f"--lam {row.lam}: give mu, 1-mu, random or a number in (0, 1]")
+        row = row._replace(lam=f"{lam:g}")
+    if row.lam == "1" and row.first in ("student", "average"):
         raise UserError(f"--lam {row.lam}: the whole step by --first {row.first} is what the map makes already; choose "
                         "--first teacher or solver")
     if row.mu == 1:
@@ -301,7 +303,7 @@ def check_row(args):
                         "triangle")
     if args.grid & (args.grid - 1):
         raise UserError(f"--grid {args.grid}: must be a power of two")
-    return row if row.lam in ("mu", "1-mu", "random") else row._replace(lam=f"{float(row.lam):g}")
+    return row
 
 
 def check_tangent(row, device):

@@ -30,6 +30,11 @@ class Interpolant(NamedTuple):
     predict: str = "velocity"
     precondition: bool = False
 
+    @property
+    def noisy(self):
+        """Whether there is a gamma, and with it a z beside x0 and x1."""
+        return self.gamma is not torch.zeros_like
+
 
 def vp_log_abar(t, beta_min=0.1, beta_max=20.0):
     """log abar_t of the continuous variance-preserving schedule (Song et al., arXiv:2011.13456, eq. 33)."""
@@ -117,7 +122,7 @@ def coefficients(path, t, ndim=1, sees_x1=False):
     def std(t):
         if sees_x1:
             return path.gamma(t)
-        return path.beta(t) if path.gamma is torch.zeros_like else torch.hypot(path.beta(t), path.gamma(t))
+        return torch.hypot(path.beta(t), path.gamma(t)) if path.noisy else path.beta(t)
 
     with torch.enable_grad():
         t = t.detach().requires_grad_()
@@ -172,7 +177,7 @@ def interpolate(path, x0, x1, t, z=None):
     """x0, x1, z (B,C,H,W), t (B,) -> x_t, I'_t (B,C,H,W). z may be None where gamma = 0."""
     k = coefficients(path, t, x0.ndim)
     x_t, velocity = k.alpha * x0 + k.beta * x1, k.dalpha * x0 + k.dbeta * x1
-    if z is not None and path.gamma is not torch.zeros_like:
+    if z is not None and path.noisy:
         x_t, velocity = x_t + k.gamma * z, velocity + k.dgamma * z
     return x_t, velocity
 

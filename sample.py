@@ -424,8 +424,7 @@ def main():
             save_safetensors(args.export, config, net.state_dict())
             print(f"wrote {args.export}")
         return
-    noisy = FAMILIES[config["interpolant"]].gamma is not torch.zeros_like  # its z is not kept
-    if args.pairs and ("student" in config or noisy or config.get("latent")):
+    if args.pairs and ("student" in config or FAMILIES[config["interpolant"]].noisy or config.get("latent")):
         raise UserError(f"--pairs {args.pairs}: {args.ckpt} is no teacher that makes pixels from noise; leave it out")
     sampler, decode = choose_sampler(args, net, config, args.ckpt), decoder(args.vae, config, device)
     if args.pairs and sampler.solver == "sde":

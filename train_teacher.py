@@ -81,7 +81,7 @@ def parse_flags():
 
 def check_flags(args, defaults):
     _, patch = parse_name(args.model)
-    noisy = FAMILIES[args.interpolant].gamma is not torch.zeros_like
+    noisy = FAMILIES[args.interpolant].noisy
     if args.pairs and (noisy or args.vae or args.image_size or args.unconditional or args.flip):
         raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --image_size, --vae, "
                         "--unconditional, --flip, bridges and other paths with gamma out")

@@ -281,6 +281,7 @@ def test_antithetic_pairs_come_from_the_stream_and_reach_the_loss(run, folder, t
         draw_batch(*given)) or taken[-1])
     run("train_teacher", "--data", folder / "pairs.npz", *SMALL, "--interpolant", "bridge", "--reference",
         folder / "pairs.npz", "--antithetic", "--iters", 2, "--out", tmp_path)
+    assert len(asked) == 2
     for images, b in zip(asked, taken):
         assert torch.equal(images.x0[::2], images.x0[1::2]) and torch.equal(b.z[::2], -b.z[1::2])
 

@@ -401,6 +401,11 @@ def test_rates_may_change_on_the_way_and_nothing_else(run, refused, flags, tmp_p
     refused(job, *flags, 4, says="--batch 4: ")
     (tmp_path / FILES[job]).write_bytes(before)
     assert (tmp_path / FILES[job]).read_bytes() == before
+    state = load_checkpoint(tmp_path / FILES[job])
+    for was, more in ((True, ("--gone None", "was made with --gone True")), (False, None)):  # a flag that is no more
+        state["flags"]["gone"] = was
+        save_checkpoint(tmp_path / FILES[job], state)
+        assert not more or refused(job, *flags, 4, says=more)
     decay = ("--weight_decay", 0.5) * (job == "train_teacher")
     said = run(job, *flags, 4, "--lr", 1e-5, "--clip", 0.5, "--accum", 2, "--grad_checkpoint", *decay)
     for group in load_checkpoint(tmp_path / FILES[job])["optimizer"]["param_groups"] if decay else ():
