@@ -23,8 +23,9 @@ from common.images import save_curves, save_picture, stack_rows, to_device, to_u
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
                         number, one_of, precision, put_in_training)
 from flow_map import DATA_FREE, ROWS, check_tangent, draw_trip, make_legs, map_loss
-from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, last_time, loss_weight, prediction_scale,
-                          regression_loss, solve, start_at, student_input, time_grid, time_of_noise_ratio)
+from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, known, last_time, loss_weight,
+                          prediction_scale, regression_loss, solve, start_at, student_input, time_grid,
+                          time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
 from sample import (add_teacher_flags, column_names, is_flow_map, load_named, load_teacher, noise_levels, student_times,
                     uneven_counts)
@@ -266,13 +267,13 @@ def parse_flags():
     add = parser.group("student and critic")
     add("--t_init", type=number(float, 0, 1, open_low=True), default=None, help=f"time at which the student starts "
         f"(where s/alpha = {START_RATIO}: 0.714 on the linear path)")
-    add("--student_steps", type=number(int, 1), default=1, help="steps of the student: it maps x_t at this many "
-        "times, spread evenly below --t_init, to data, and is re-noised in between")
+    add("--student_steps", type=number(int, 1), default=1, help="steps K of the student: it maps x_t at K times, "
+        "evenly from --t_init down to --t_init / K, to data, and is re-noised in between")
     add("--k_psi", type=number(int, 1), default=1, help="critic steps an iteration")
     add("--k_G", type=number(int, 1), default=1, help="student steps an iteration")
     add("--reuse_samples", action="store_true", help="all critic steps of an iteration share the student step's "
         "samples (fresh times and noise): cheaper for --k_psi above 1")
-    add("--critic_lr", type=number(float, 0, open_low=True), default=None, help="the critic's learning rate (3 times "
+    add("--critic_lr", type=number(float, 0, open_low=True), default=None, help="the critic's learning rate (twice "
         "--lr)")
     add("--ema", type=number(float, 0, 1), default=[0.98], nargs="+", help="decays of the student's averages; the "
         "first is sampled")
@@ -298,12 +299,12 @@ def parse_flags():
     add("--gan_lr", type=number(float, 0, open_low=True), default=None, help="the discriminator head's learning rate "
         "(the critic's)")
     add("--gan_from", type=number(int, 0), default=0, help="iteration at which the adversarial loss starts")
-    add_run_flags(parser, iters=300, lr=6e-4, warmup=0, decay_from=0, log_every=10, sample_every=100)
+    add_run_flags(parser, iters=300, lr=3e-4, warmup=0, decay_from=0, log_every=10, sample_every=100)
     args, defaults = parser.parse_args(), vars(parser.parse_args([]))
     for knob in ("kappa", "grad", "weight", "units"):
         if getattr(args, knob) is None:
             setattr(args, knob, getattr(OBJECTIVES[args.objective], knob))
-    args.critic_lr = args.critic_lr or 3 * args.lr
+    args.critic_lr = args.critic_lr or 2 * args.lr
     adversarial = args.gan_weight > 0
     check_idle(args, {**defaults, "kappa": OBJECTIVES[args.objective].kappa}, (
         ("cfg_interval", "--cfg_scale", args.cfg_scale != 1), ("kappa", "--grad full", args.grad == "full"),
@@ -317,7 +318,7 @@ def check_objective(problem, objective):
     """Raise UserError where the stop-gradient objective gives no descent direction on this path."""
     if objective.grad != "stop" or objective.units == "data":  # there the weight is 2 s^2 / alpha^2 on any path
         return
-    if bool((problem.path.alpha(torch.linspace(0.1, 0.9, 9)) == 1).all()):
+    if bool((known(problem, torch.linspace(0.1, 0.9, 9)).dalpha == 0).all()):
         raise UserError("--units velocity: with --grad stop the student gets no gradient on a path whose alpha is "
                         "constant (alpha' = 0); use --units data")
     try:

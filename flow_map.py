@@ -24,7 +24,8 @@ from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, prediction_scale,
                           regression_loss, start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import add_teacher_flags, choose_labels, column_names, generate, load_teacher, noise_levels, uneven_counts
+from sample import (LATE, add_teacher_flags, choose_labels, column_names, data_share, generate, load_teacher,
+                    noise_levels, uneven_counts)
 
 
 class Row(NamedTuple):
@@ -319,7 +320,8 @@ def main():
         ("cfg_interval", "--cfg_scale", args.cfg_scale != 1),
         ("mu", "finite legs and --lam mu or 1-mu", "mu" in row.lam and row.tangent != "jvp"),
         ("solver_steps", "a solver's leg (--row ctm, direct)", "solver" in legs),
-        ("grid", "--row progressive", "before" in legs), ("stage_iters", "--row progressive", "before" in legs),
+        *((flag, "--row progressive or --times grid", "before" in legs or row.times == "grid")
+          for flag in ("grid", "stage_iters")),
         ("tangent_warmup", "--tangent jvp", row.tangent == "jvp"),
         ("second", "--lam below 1 and finite legs", row.lam != "1" and (row.lam, row.tangent) != ("mu", "jvp")),
         ("borders", "--times triangle, start or end", row.times in ("triangle", "start", "end")),
@@ -337,6 +339,9 @@ def main():
     args.t_min = args.t_min or time_of_noise_ratio(noise_levels(problem, config), 0.02)
     if args.t_max > latest:
         raise UserError(f"--t_max {args.t_max:g}: on this path networks end at {latest:g}; give at most that")
+    if args.t_max < latest and data_share(config, args.t_max) > LATE:
+        raise UserError(f"--t_max {args.t_max:g}: a map starts from noise alone, and data are left in x_t there; give "
+                        f"{latest:g} or little less")
     if args.t_min >= args.t_max:
         raise UserError(f"--t_min {args.t_min:g}: must be below --t_max {args.t_max:g}")
     free = row.times in DATA_FREE and not kind

@@ -22,8 +22,8 @@ SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv
 # The rows
 
 class Interpolant(NamedTuple):
-    """One family. `predict` is the prediction its networks use unless told otherwise; `precondition` asks for the
-    network's input and output to be scaled by the path's size, for rows where x_t strays far from unit size."""
+    """One family. `predict` is the prediction of its networks from S on, unless told otherwise; `precondition` asks for
+    the network's input and output to be scaled by the path's size, for rows where x_t strays far from unit size."""
     alpha: Callable
     beta: Callable
     gamma: Callable = torch.zeros_like
@@ -352,16 +352,16 @@ class Sampler(NamedTuple):
 
 
 def time_grid(problem, steps, end=1e-3):
-    """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 1 - end where the prediction has no
-    velocity at t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no solver evaluates the
-    network. Bridges whose networks see x1 get sin^2(pi u / 2), u uniform: gamma' is infinite at both ends in t, but
-    not in u."""
+    """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 1 - end where the prediction says nothing
+    of the velocity or the data at t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no
+    solver evaluates the network. Bridges whose networks see x1 get sin^2(pi u / 2), u uniform: gamma' is infinite at
+    both ends in t, but not in u."""
     if int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
     one = torch.ones(1, 1, dtype=torch.float64)
     b = Batch(x1=one, t=one[0], x_t=2 * one)
-    v = convert(problem, one, "velocity", b)  # on gvp 1e16: cos(pi/2) is not quite 0
-    regular = bool(((v.abs() < 1e6) & known(problem, b.t).ds.isfinite()).all())
+    v, x0 = (convert(problem, one, name, b).abs() for name in ("velocity", "data"))  # 1e16 on gvp: its cos is not 0
+    regular = bool(((v < 1e6) & (x0 < 1e6) & known(problem, b.t).ds.isfinite()).all())
     start = 1.0 if regular else 1 - end
     if problem.sees_x1:
         u = torch.linspace(2 / math.pi * math.asin(start ** 0.5), 0, int(steps) + 1, dtype=torch.float64)
@@ -370,10 +370,11 @@ def time_grid(problem, steps, end=1e-3):
 
 
 def last_time(problem):
-    """Where a flow map starts: where grids do, and s / alpha = 50 at most where the network predicts noise or score,
-    which say nothing of the data beyond."""
+    """Where a flow map starts: where grids do, and s / alpha = 50 at most where the prediction (noise, score) says
+    nothing of the data beyond."""
     first = float(time_grid(problem, 1)[0])
-    return min(first, time_of_noise_ratio(problem, 50.0)) if problem.prediction in ("noise", "score") else first
+    says = prediction_scale(problem, problem.prediction, torch.tensor([first], dtype=torch.float64), 1).abs()
+    return first if float(says) > 0.02 else min(first, time_of_noise_ratio(problem, 50.0))
 
 
 def solve(problem, net, b, sampler, noise=None):

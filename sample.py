@@ -26,10 +26,11 @@ from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, rea
 from common.run import (Parser, UserError, alone, check_idle, check_other, check_writable, command, generator, number,
                         one_of, precision, progress, start_processes, writing)
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, follow_map,
-                          solve, start_at, student_input, time_grid)
+                          known, solve, start_at, student_input, time_grid)
 from model import guided, load_model
 
 
+LATE = 0.05  # the largest data_share of a map's start: at most so much of what it has learnt on is missing there
 LABELS = ("data", "balanced", "uniform", "random")  # the last is an older name of uniform
 
 
@@ -45,6 +46,12 @@ def problem_of(config):
 def noise_levels(problem, config):
     """The problem whose noise levels name times: whatever a bridge's gamma_scale."""
     return problem._replace(path=FAMILIES[config["interpolant"]]) if problem.sees_x1 else problem
+
+
+def data_share(config, t):
+    """alpha / s at the time t, of the data in x_t beside the noise. What starts a map holds none."""
+    k = known(noise_levels(problem_of(config), config), torch.tensor([t]))
+    return float(k.alpha / k.s)
 
 
 def student_times(config):
@@ -87,6 +94,13 @@ def add_teacher_flags(parser):
     add("--reference", default=None, help="what a bridge starts from (its teacher's)")
 
 
+def check_guidance(flag, scale, net, config):
+    """Raise UserError where there is nothing to guide with."""
+    if scale != 1 and (net.num_classes == 0 or config.get("null_class") is False):
+        without = "classes" if net.num_classes == 0 else "null class (--label_dropout 0)"
+        raise UserError(f"{flag}: the teacher has no {without} to guide with")
+
+
 def load_teacher(args, device):
     """--teacher_ckpt -> its network, configuration and problem. Raises UserError where it is none, or where --model,
     --reference or the guidance does not fit it."""
@@ -102,9 +116,7 @@ def load_teacher(args, device):
                         "out")
     check_interval(args.cfg_interval)
     for flag in ("cfg_scale", "critic_cfg_scale"):
-        if getattr(args, flag, 1) != 1 and teacher.num_classes == 0:
-            raise UserError(f"--{flag} {getattr(args, flag):g}: the teacher {args.teacher_ckpt} has no classes to "
-                            "guide with")
+        check_guidance(f"--{flag} {getattr(args, flag, 1):g}", getattr(args, flag, 1), teacher, config)
     return teacher, config, problem_of(config)
 
 
@@ -148,6 +160,8 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
             sampler = sampler._replace(steps=sampler.steps or 50, solver=solver)
             b = start_at(problem, b, float(time_grid(problem, sampler.steps)[0]))
             x0 = solve(problem, guided(net, sampler.cfg_scale, sampler.cfg_interval), b, sampler, draw)
+    if not bool(x0.isfinite().all()):
+        raise UserError("samples are not finite: the checkpoint is broken, or the guidance too strong")
     return to_uint8(decode(x0) if decode else x0)
 
 
@@ -244,7 +258,8 @@ def choose_sampler(args, net, config, name):
         raise UserError(f"{flag}: {name} learnt on pairs, whose noise belongs to its images: fresh noise leaves their "
                         "law; leave it out")
     if "student" in config:
-        most = len(student_times(config))
+        times = student_times(config)
+        most = len(times)
         if args.steps is not None and args.steps > most and not is_flow_map(config):
             raise UserError(f"--steps {args.steps}: {name} is a student of {most} step{'s' * (most > 1)}; take at "
                             "most that, or leave --steps out")
@@ -255,14 +270,19 @@ def choose_sampler(args, net, config, name):
         if solver:
             raise UserError(f"--solver {solver}: {name} is a student, it has steps of its own; leave it out")
         check_idle(args, {"restart": 0.0}, (("restart", "--steps above 1", (args.steps or most) > 1),))
+        if is_flow_map(config) and (args.steps or 1) > 1 > args.restart and data_share(config, times[0]) > LATE:
+            raise UserError(f"--steps {args.steps}: {name} starts at t = {times[0]:.3g}, from noise where its steps "
+                            "expect data as well; add --restart 1")
         return Sampler(args.steps or most, restart=args.restart)
-    if scale != 1 and net.num_classes == 0:
-        raise UserError(f"--cfg_scale {scale:g}: {name} has no classes to guide with")
+    check_guidance(f"--cfg_scale {scale:g}", scale, net, config)
     if config.get("reference") == "unpaired" and solver not in (None, "posterior"):
         raise UserError(f"--solver {solver}: an unpaired bridge knows no velocity, leave it out (posterior)")
     solver = solver or ("posterior" if config.get("reference") else "euler")
     check_idle(args, {"diffusion": "sigma", "cfg_interval": [0.0, 1.0]}, (
         ("diffusion", "--solver sde", solver == "sde"), ("cfg_interval", "--cfg_scale", scale != 1)))
+    times, (low, high) = time_grid(problem_of(config), args.steps or 50)[:-1], args.cfg_interval
+    if scale != 1 and not any(low <= t <= high for t in times):
+        raise UserError(f"--cfg_interval {low:g} {high:g}: none of the {len(times)} steps begins there; widen it")
     return Sampler(args.steps or 50, solver, args.diffusion, scale, args.cfg_interval)
 
 
@@ -327,6 +347,9 @@ def read_starts(args, net, config):
     if args.labels:  # goes before the file's own
         labels = choose_labels(args.labels, n, config, args.seed)
     elif labels is None or net.num_classes == 0:  # the null class
+        if args.cfg_scale not in (None, 0, 1):
+            raise UserError(f"--cfg_scale {args.cfg_scale:g}: the images of --reference {args.reference} have no "
+                            "labels to guide with; add --labels")
         labels = np.full(n, net.num_classes)
     else:
         names = read_names(f"--reference {args.reference}", args.reference)  # of a file by sample.py

@@ -60,8 +60,8 @@ def parse_flags():
     add("--model", default="SiT-XS/4", help="SiT-SIZE/PATCH with a size of XXS, XS, S, B, L, XL")
     add("--qk_norm", action="store_true", help="normalise queries and keys")
     add("--interpolant", type=one_of(FAMILIES), default="linear", help=", ".join(FAMILIES))
-    add("--prediction", type=one_of(PREDICTIONS), default=None, help="velocity, data, noise or score (the "
-        "interpolant's own)")
+    add("--prediction", type=one_of(PREDICTIONS), default=None, help="velocity, data, noise or score (data for sizes "
+        "XXS and XS, else the interpolant's own)")
     add("--reference", default=None, help="what a bridge starts from: " + ", ".join(DEGRADATIONS) + " (the data, "
         "degraded), an .npz with x1 (paired images), another data set (unpaired), or noise")
     add("--gamma_scale", type=number(float, 0, open_low=True), default=1.0, help="s in a bridge's gamma = s sqrt(t (1 "
@@ -142,6 +142,14 @@ def open_data(args, run):
     return data, reference, autoencoder
 
 
+def choose_prediction(args, state):
+    """--prediction; without it that of the run that goes on, else data where the network is small (docs/findings.md) or
+    preconditioned, else the row's."""
+    row, small = FAMILIES[args.interpolant], parse_name(args.model)[0] in ("XXS", "XS")
+    usual = "data" if small or row.precondition else row.predict
+    return args.prediction or (state["config"]["prediction"] if state else usual)
+
+
 def configure(args, problem, data, reference):
     """What a checkpoint has to say for others to rebuild, sample and distill its network."""
     size, patch = parse_name(args.model)
@@ -154,6 +162,8 @@ def configure(args, problem, data, reference):
     if data.classes:
         counts = np.bincount(data.labels, minlength=data.num_classes)
         config.update(classes=list(data.classes), class_counts=counts.tolist())
+    if data.num_classes and not args.label_dropout:
+        config["null_class"] = False
     if data.flip:
         config["flip"] = True
     if args.pairs:
@@ -174,13 +184,13 @@ def main():
         pairs = 2 * run.world * args.accum
         raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
                         f"{max(pairs, args.batch // pairs * pairs)} does")
-    state = run.resume("teacher.pt", lambda path: load_checkpoint(path, mapped=True), ("model", "ema", "optimizer"))
+    state = run.resume("teacher.pt", lambda path: load_checkpoint(path, mapped=True),
+                       ("config", "model", "ema", "optimizer"))
     data, reference, autoencoder = open_data(args, run)
     made_with = {"data": data.fingerprint(), "reference": reference and reference.fingerprint()}
     for flag, now in made_with.items():
         run.check_same(flag, now, state and state.get(flag))
-    problem = Problem(family(args.interpolant, args.gamma_scale), args.prediction or FAMILIES[args.interpolant].predict,
-                      reference is not None)
+    problem = Problem(family(args.interpolant, args.gamma_scale), choose_prediction(args, state), reference is not None)
     config, device = configure(args, problem, data, reference), run.device
 
     # The network, its average and its optimizer.

@@ -57,6 +57,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         first, _, rest = doc.partition("\n")
         super().__init__(description=first, epilog=rest, allow_abbrev=False, formatter_class=HelpFormatter)
+        self._negative_number_matcher = re.compile(r"-[\d.].*")  # -1e-3 too, which is no flag before Python 3.14
 
     def error(self, message):
         raise UserError(re.sub(r"^argument (\S+): ", r"\1 ", message))

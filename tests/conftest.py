@@ -89,9 +89,10 @@ SMALL = ("--model", "SiT-XXS/4", "--batch", 4, "--log_every", 1, "--device", "cp
 
 @pytest.fixture(scope="session")
 def small_teacher(images, tmp_path_factory, run_script):
-    """A trained-for-two-steps teacher.pt of SiT-XXS/4, whose last layer has been shaken so that its output is not 0."""
+    """A trained-for-two-steps teacher.pt of SiT-XXS/4, of velocities, whose last layer has been shaken so that its
+    output is not 0."""
     out = tmp_path_factory.mktemp("teacher")
-    run_script("train_teacher", "--data", images, *SMALL, "--iters", 2, "--out", out)
+    run_script("train_teacher", "--data", images, *SMALL, "--prediction", "velocity", "--iters", 2, "--out", out)
     path = out / "teacher.pt"
     from common.files import load_checkpoint, save_checkpoint
     state = load_checkpoint(path)

@@ -65,8 +65,10 @@ def teacher(flags="", iters=3000):
     return Stage("train_teacher", f"--data {{data}} {flags}".strip(), None, iters)
 
 
-def student(flags="", *budget):
-    return Stage("distill", f"--teacher_ckpt {{0}} {flags}".strip(), *budget or (360,))
+def student(flags="", *budget, lr=6e-4):
+    """The critic's rate is three times this one; None: the default rates."""
+    rates = "" if lr is None else f"--lr {lr:g} --critic_lr {3 * lr:g} "
+    return Stage("distill", f"--teacher_ckpt {{0}} {rates}{flags}".strip(), *budget or (360,))
 
 
 def flow_map(row="lagrange", flags="", seconds=360):
@@ -77,44 +79,54 @@ def flow_map(row="lagrange", flags="", seconds=360):
 ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
-SUMMARY = ("linear teacher", "sid, 360 s", "sid, 4 steps, 360 s", "map lagrange, 360 s", "map for 1/3, then sid, 360 s",
-           "map for 1/1.5, then sid, 360 s", "linear data teacher", "linear data student", "linear data map")  # README
+SUMMARY = ("linear teacher", "linear student", "linear student, 4 steps", "linear map", "linear map, then student",
+           "vp teacher", "vp student", "gvp teacher", "gvp student", "linear velocity teacher",
+           "linear velocity student", "linear velocity map")  # README
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
           ("map for 1/3, then sid, 360 s", "1"), ("map for 1/3, then sid, 360 s", "4"))  # of assets/flow_map.png
-LINEAR = teacher("--interpolant linear")
+VELOCITY = teacher("--interpolant linear --prediction velocity")
 MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progressive": "--stage_iters 85"}
 
 
 def make_rows():
     """name -> Row. Groups are those of docs/results.md."""
     rows = {"real images": Row("families", (), {"held out": "{held_out}", "2000 of them": "{some_held_out}"})}
-    for path in SHEET:
-        usual = "data" if path == "vp" else "velocity"  # its DDPM's noise prediction wants a larger network
-        own = teacher(f"--interpolant {path}" + " --prediction data" * (path == "vp"))
+    for path in SHEET:  # small networks predict data
+        own = teacher(f"--interpolant {path}")
         rows[f"{path} teacher"] = Row("families", (own,), {"50": ""})
-        rows[f"{path} student"] = Row("families", (own, student("", 600)), {**ONE, "1 of 10000": "--n 10000"})
+        rows[f"{path} student"] = Row("families", (own, student("", 600, lr=None)), {**ONE, "1 of 10000": "--n 10000"})
+        rows[f"{path} map"] = Row("families", (own, flow_map()), STEPS)
         rows[f"{path} teacher, solvers"] = Row("solvers", (own,), SOLVED)
         for name in OBJECTIVES if path != "ve" else [name for name in OBJECTIVES if name != "cross"]:
-            rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}")), ONE)
-        for prediction in sorted({"velocity", "data", "noise"} - {usual}) if path != "ve" else ():
+            rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}", lr=None)), ONE)
+        for prediction in ("velocity", "noise") if path != "ve" else ():
             other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
             rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), ONE)
-            rows[f"{path} {prediction} student, lr 2e-4"] = Row("predictions", (other, student("--lr 2e-4", 600)), ONE)
+            rows[f"{path} {prediction} student, default rates"] = Row(
+                "predictions", (other, student("", 600, lr=None)), ONE)
             rows[f"{path} {prediction} map"] = Row("predictions", (other, flow_map()), STEPS)
+    own = rows["linear teacher"].stages[0]
+    rows["linear student, 4 steps"] = Row("families", (own, student("--student_steps 4", 600, lr=None)), {"4": ""})
+    rows["linear map, then student"] = Row("families", (
+        own, flow_map(seconds=400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
+    for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
+        own = rows[f"{path} teacher"].stages[0]
+        rows[f"{path} student, lr {lr}"] = Row("predictions", (own, student("", 600, lr=float(lr))), ONE)
 
     first = Stage("train_teacher", "", None, 1200)  # README's first command: the scripts' defaults, on digits
     rows["first command, teacher"] = Row("first", (first,), {"50": ""}, data="digits")
-    rows["first command, student"] = Row("first", (first, student("", None, 300)), ONE, data="digits")
-    other = first._replace(flags="--prediction data")
-    rows["first command, data teacher"] = Row("first", (other,), {"50": ""}, data="digits")
-    for name, flags in (("", ""), (", lr 2e-4", "--lr 2e-4")):
-        rows[f"first command, data student{name}"] = Row(
-            "first", (other, student(flags, None, 300)), ONE, data="digits")
-    rows["first command, a map before"] = Row("first", (  # for a third of the work: an iteration of a map is a quarter
-        first, Stage("flow_map", "--teacher_ckpt {0} --data digits", None, 400),
+    rows["first command, student"] = Row("first", (first, student("", None, 300, lr=None)), ONE, data="digits")
+    for lr in ("2e-4", "6e-4"):
+        rows[f"first command, student, lr {lr}"] = Row("first", (first, student("", None, 300, lr=float(lr))), ONE,
+                                                       data="digits")
+    other = first._replace(flags="--prediction velocity")
+    rows["first command, velocity teacher"] = Row("first", (other,), {"50": ""}, data="digits")
+    rows["first command, velocity student"] = Row("first", (other, student("", None, 300)), ONE, data="digits")
+    rows["first command, velocity student, a map before"] = Row("first", (  # a third of the work each: an iteration of
+        other, Stage("flow_map", "--teacher_ckpt {0} --data digits", None, 400),  # a map is a quarter
         student("--student_ckpt {1}", None, 200)), ONE, data="digits")
 
     settings = {name: f"--objective {name}" for name in OBJECTIVES}
@@ -138,16 +150,15 @@ def make_rows():
             made[f"sid and {name} at once"] = (both,), STEPS
         for name, (stages, samples) in made.items():
             if seconds == 360 or name in BEST:
-                rows[f"{name}, {seconds} s"] = Row("objectives", (LINEAR, *stages), samples)
+                rows[f"{name}, {seconds} s"] = Row("objectives", (VELOCITY, *stages), samples)
 
-    vp = teacher("--interpolant vp --prediction data")  # why its student stands so far behind: length, or a setting?
-    for seconds in (120, 360, 900, 1500):
+    vp = teacher("--interpolant vp")  # why its student stands so far behind: length, or a setting?
+    for seconds in (120, 360, 600, 900, 1500):
         rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), ONE)
     for flags in ("t_init 0.259", "t_init 0.567", "t_init 0.676", "weight uniform", "units velocity", "t_min 0.05",
-                  "t_max 0.67", "ema 0.9", "k_psi 2", "lr 2e-4", "critic_lr 6e-3", "kappa 0"):  # s/alpha 1, 5, 10
+                  "t_max 0.67", "ema 0.9", "k_psi 2", "critic_lr 6e-3", "kappa 0"):  # s/alpha 1, 5, 10
         rows[f"vp, --{flags}"] = Row("vp", (vp, student(f"--{flags}")), ONE)
-    for name in ("lagrange", "shortcut"):
-        rows[f"vp map {name}"] = Row("vp", (vp, flow_map(name)), STEPS)
+    rows["vp map shortcut"] = Row("vp", (vp, flow_map("shortcut")), STEPS)
 
     for name, flags in {
             "original project": "--objective cross --k_psi 5 --reuse_samples --lr 1e-5 --critic_lr 1e-5 --t_init 0.5",
@@ -157,15 +168,16 @@ def make_rows():
             "DMD2": "--objective dmd --data {data} --gan_weight 3e-3 --gan_critic_weight 1e-2 --k_psi 5 --lr 2e-6 "
                     "--critic_lr 2e-6 --t_init 0.988",
     }.items():
-        rows[f"as published: {name}"] = Row("recipes", (LINEAR, student(flags)), ONE)
-    rows["as published: MeanFlow"] = Row("recipes", (LINEAR, flow_map("meanflow", "--lr 1e-4")), STEPS)
+        rows[f"as published: {name}"] = Row("recipes", (VELOCITY, student(flags)), ONE)
+    rows["as published: MeanFlow"] = Row("recipes", (VELOCITY, flow_map("meanflow", "--lr 1e-4")), STEPS)
 
     for flag, values in {"kappa": (0, 1), "weight": ("uniform",), "units": ("velocity",), "t_init": (0.5, 1),
                          "lr": (0.0003, 0.0012), "critic_lr": (0.0006, 0.006), "k_psi": (2, 5), "ema": (0.9, 0.995),
                          "batch": (32, 128), "decay_from": (50,), "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
         for value in values:
-            rows[f"sid --{flag} {value}"] = Row("defaults", (LINEAR, student(f"--{flag} {value}")), ONE)
-    rows["sid --decay_from 100, 600 s"] = Row("defaults", (LINEAR, student("--decay_from 100", 600)), ONE)
+            made = student(lr=value) if flag == "lr" else student(f"--{flag} {value}")
+            rows[f"sid --{flag} {value}"] = Row("defaults", (VELOCITY, made), ONE)
+    rows["sid --decay_from 100, 600 s"] = Row("defaults", (VELOCITY, student("--decay_from 100", 600)), ONE)
 
     for reference in ("lowres4", "inpaint", "jpeg10", "{digits}"):
         bridge = teacher(f"--interpolant bridge --reference {reference}")
@@ -173,7 +185,7 @@ def make_rows():
         start = "--reference {held_out} --degrade" if pairs else "--reference {digits} --labels balanced"
         tail = () if pairs else ("--units data --objective sid",)
         rows[f"{name} teacher"] = Row("bridges", (bridge,), {"50": start})
-        rows[f"{name} student"] = Row("bridges", (bridge, student(*tail)), {"1": start})
+        rows[f"{name} student"] = Row("bridges", (bridge, student(*tail, lr=None)), {"1": start})
         if pairs:
             rows[f"{name} map"] = Row("bridges", (bridge, flow_map()), {k: f"{f} {start}" for k, f in STEPS.items()})
 
@@ -182,10 +194,11 @@ def make_rows():
             own = teacher(f"--interpolant linear --model SiT-{size}", 1000 * times)
             rows[f"SiT-{size}, {1000 * times} iterations, teacher"] = Row("growth", (own,), {"50": ""})
             rows[f"SiT-{size}, {1000 * times} iterations, student"] = Row(
-                "growth", (own, student("", None, 100 * times)), ONE)
+                "growth", (own, student("", None, 100 * times, lr=None)), ONE)
+    own = rows["linear teacher"].stages[0]
     for scale in (1.5, 2, 3):
-        rows[f"guidance {scale} teacher"] = Row("guidance", (LINEAR,), {"50": f"--cfg_scale {scale}"})
-        rows[f"guidance {scale} student"] = Row("guidance", (LINEAR, student(f"--cfg_scale {scale}")), ONE)
+        rows[f"guidance {scale} teacher"] = Row("guidance", (own,), {"50": f"--cfg_scale {scale}"})
+        rows[f"guidance {scale} student"] = Row("guidance", (own, student(f"--cfg_scale {scale}", lr=None)), ONE)
     return rows
 
 

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, Batch, Interpolant, Problem, Sampler, check_log_snr,
-                          coefficients, convert, interpolate, known, preconditioning, prediction_scale, regression_loss,
-                          solve, target, time_grid, time_of_noise_ratio)
+from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Interpolant, Problem, Sampler,
+                          check_log_snr, coefficients, convert, interpolate, known, last_time, preconditioning,
+                          prediction_scale, regression_loss, solve, target, time_grid, time_of_noise_ratio)
 
 ROWS = sorted(FAMILIES)
 SEEN = [*((row, False) for row in ROWS), ("bridge", True)]  # only gamma leaves something to predict once x1 is known
@@ -163,6 +163,18 @@ def test_steps_are_intervals_and_begin_where_the_velocity_exists(row):
         assert len(grid) == 8 and grid[-1] == 0 and grid[0] in (1.0, 0.999)
         v = convert(problem, x, "velocity", Batch(t=grid[:1].expand(2), x_t=2 * x))
         assert bool((v.abs() < 1e5).all())  # on gvp cos(pi/2) is not quite 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("alpha, beta", [(lambda t: (1 - t) ** 2 * (1 + 2 * t), lambda t: t ** 2 * (3 - 2 * t)),
+                                         (lambda t: (math.pi / 2 * t).cos() ** 2, lambda t: (math.pi / 2 * t).sin())])
+def test_where_velocities_say_nothing_of_the_data_nobody_starts(alpha, beta, solver):
+    """alpha and alpha' are 0 at t = 1: solvers begin below it, flow maps where noise is 50 times the data."""
+    problem = Problem(Interpolant(alpha, beta))
+    x0, _ = flow(problem, 100, solver, 4000)
+    assert float(x0.mean()) == pytest.approx(MEAN, abs=0.03) and float(x0.std()) == pytest.approx(STD, abs=0.03)
+    k = known(problem, torch.tensor([last_time(problem)], dtype=torch.float64))
+    assert float(k.s / k.alpha) == pytest.approx(50, rel=1e-3)
 
 
 @pytest.mark.parametrize("row, prediction", [*((row, FAMILIES[row].predict) for row in ROWS), ("linear", "data"),

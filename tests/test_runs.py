@@ -179,8 +179,7 @@ PAIRS = [(FAMILY[i % len(FAMILY)], OBJECTIVE[i % len(OBJECTIVE)]) for i in range
 @pytest.mark.parametrize("row, objective", PAIRS)
 def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objective):
     """And what they leave: checkpoints, log, flags, pictures."""
-    more = {"vp": ("--prediction", "data"), "gvp": ("--prediction", "score", "--qk_norm"),
-            "bridge": ("--reference", "noise")}
+    more = {"gvp": ("--prediction", "score", "--qk_norm"), "bridge": ("--reference", "noise")}
     tiny = (*SMALL[2:], "--iters", 3, "--save_every", 2, "--sample_every", 2, "--out", tmp_path)
     said = run("train_teacher", "--data", images, *SMALL[:2], *tiny, "--interpolant", row, *more.get(row, ()))
     assert "3/3 (100%)" in said and "left" in said
@@ -188,7 +187,7 @@ def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objec
                                          "samples_0000003.png", "curves.png"}
     net, config = load_model(tmp_path / "teacher.pt")
     assert (config["network"]["num_classes"], config["interpolant"]) == (4, row)
-    assert config["prediction"] == {"vp": "data", "gvp": "score"}.get(row, FAMILIES[row].predict)
+    assert config["prediction"] == ("score" if row == "gvp" else "data")
     assert (config["network"]["precondition"] is not None) == (row == "ve")
     assert config["network"]["qk_norm"] == (row == "gvp")
     run("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--objective", objective, "--cfg_scale", 2)
@@ -202,6 +201,25 @@ def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objec
     assert student["t_init"] == pytest.approx(5 / 7, abs=1e-4) or row != "linear"
     run("sample", "--ckpt", tmp_path / "student.pt", "--n", 3, "--out", tmp_path / "s.npz")
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 8, 8, 1)
+
+
+def test_what_a_network_predicts_where_no_flag_says_so(run, images, tmp_path, monkeypatch):
+    """Data where it is small, else the row's; a run of an earlier version goes on with what it predicts."""
+    def prediction(out, *flags):
+        run("train_teacher", "--data", images, *SMALL[2:], "--out", tmp_path / out, *flags)
+        return load_checkpoint(tmp_path / out / "teacher.pt")["config"]["prediction"]
+    monkeypatch.setitem(FAMILIES, "ve", FAMILIES["ve"]._replace(predict="velocity"))  # whatever a preconditioned row says
+    assert prediction("ve", "--model", "SiT-S/8", "--iters", 1, "--interpolant", "ve", "--label_dropout", 0) == "data"
+    assert load_model(tmp_path / "ve" / "teacher.pt")[1]["null_class"] is False
+    assert prediction("XXS", "--model", "SiT-XXS/8", "--iters", 1, "--interpolant", "vp") == "data"
+    assert prediction("XS", "--model", "SiT-XS/8", "--iters", 1) == "data"
+    assert prediction("S", "--model", "SiT-S/8", "--iters", 1) == "velocity"
+    flags, path = ("--model", "SiT-XXS/8", "--interpolant", "gvp"), tmp_path / "old" / "teacher.pt"
+    assert prediction("old", *flags, "--iters", 1, "--prediction", "velocity") == "velocity"
+    state = load_checkpoint(path)
+    state["flags"]["prediction"] = None
+    save_checkpoint(path, state)
+    assert prediction("old", *flags, "--iters", 2) == "velocity"
 
 
 def test_what_a_run_says_keeps_and_puts_aside(run, images, small_teacher, tmp_path):
@@ -924,8 +942,7 @@ def test_compare_draws_both(run, checkpoints, tmp_path, monkeypatch):
 
 SEEN = {"interpolant": "bridge", "prediction": "data", "reference": "inpaint"}
 STUDENT = {"student": {"t_init": 0.7, "times": [0.7], "steps": 1, "cfg_scale": 2.0, "cfg_interval": [0.2, 0.8]}}
-
-MAP = {"student": {**STUDENT["student"], "flow_map": "lagrange"}}
+MAP = {"student": {**STUDENT["student"], "flow_map": "lagrange", "t_init": 1.0, "times": [1.0]}}
 
 
 @pytest.fixture(scope="session")
@@ -934,15 +951,18 @@ def checkpoints(tmp_path_factory, images, small_teacher):
     folder, found = tmp_path_factory.mktemp("checkpoints"), {"teacher": small_teacher, "images": images}
     for name, classes, changes in (("student", 4, STUDENT), ("free", 0, {}), ("free_student", 0, STUDENT),
                                    ("ve", 4, {"interpolant": "ve", "prediction": "data"}),
-                                   ("map", 4, MAP),
+                                   ("map", 4, MAP), ("early", 4, {"student": {**MAP["student"], "times": [0.7]}}),
+                                   ("sure", 4, {"null_class": False}), ("broken", 0, {}),
                                    ("noisy", 4, {"interpolant": "bridge", "prediction": "data"}),
                                    ("coupled", 4, {"pairs": True}), ("coupled_map", 4, {"pairs": True, **MAP}),
-                                   ("seen", 0, SEEN), ("unpaired", 0, {**SEEN, "reference": "unpaired"})):
+                                   ("seen", 0, SEEN), ("named", 4, SEEN), ("unpaired", 0, {**SEEN, "reference": "unpaired"})):
         network = {"size": "XXS", "patch": 4, "image_size": 8, "channels": 1, "num_classes": classes}
-        network["reference_channels"] = int(name == "seen")
+        network["reference_channels"] = int(name in ("seen", "named"))
         config = {"network": network, "model": "SiT-XXS/4", "interpolant": "linear", "prediction": "velocity"} | changes
         found[name] = folder / f"{name}.pt"
-        save_checkpoint(found[name], {"config": config, "ema": build_model(config).state_dict()})
+        weights = build_model(config).state_dict()
+        weights["x_embedder.proj.bias"] += 3e38 if name == "broken" else 0
+        save_checkpoint(found[name], {"config": config, "ema": weights})
     with np.load(images) as npz:
         np.savez(folder / "bare.npz", images=npz["x_train"])
     found["cut"], found["bare"] = folder / "cut.pt", folder / "bare.npz"
@@ -993,6 +1013,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--model SiT-XL/2", ("--model SiT-XL/2", "SiT-XXS/4")), ("--teacher_ckpt {student}", "is a student"),
         ("--teacher_ckpt none.pt", "--teacher_ckpt none.pt: no such file"), ("--teacher_ckpt {cut}", "damaged"),
         ("--teacher_ckpt {free} --cfg_scale 4", ("--cfg_scale 4", "no classes")), ("--accum 3", "63 does"),
+        ("--teacher_ckpt {sure} --critic_cfg_scale 0", ("--critic_cfg_scale 0", "no null class")),
         ("--student_ckpt {student}", ("--student_ckpt", "no flow map")), ("--flow_row imm", "freeflow"),
         ("--teacher_ckpt {ve} --student_ckpt {map}", "interpolant is linear"), ("--flow_row progressive", "unknown"),
         ("--teacher_ckpt {free} --student_ckpt {map}", "sizes"), ("--flow_weight 1 --student_steps 2", "any number"),
@@ -1025,8 +1046,9 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--lam 1", ("--lam 1", "makes already")), ("--row meanflow --mu 0.2", "--mu 0.2: does nothing"),
         ("--row meanflow --second average", "--second average: does nothing"),
         ("--solver_steps 4", "a solver's leg"), ("--tangent_warmup 9", "without --tangent jvp"),
-        ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.5 --t_max 0.4", "--t_min 0.5"),
+        ("--row progressive --grid 6", "--grid 6: must be a power of two"), ("--t_min 0.99 --t_max 0.98", "--t_min"),
         ("--teacher_ckpt {seen} --t_max 1", ("--t_max 1", "0.999")), ("--teacher_ckpt {unpaired}", "no velocity"),
+        ("--t_max 0.7", ("--t_max 0.7", "noise alone")),
         ("--teacher_ckpt {free} --cfg_scale 2", "no classes"), ("--data none", "no such data set"),
         ("--reference lowres4", "starts from noise")]),
     "flow_map ": ("--teacher_ckpt {free} --device cpu --out run", [("", ("--row lagrange", "add --data"))]),
@@ -1036,6 +1058,10 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--labels 4", ("--labels 4", "0 to 3")), ("--labels=-1", "0 to 3"), ("--labels cat", ("class cat", "0 to 3")),
         ("--cfg_interval 1 0", "below the second"), ("--vae x", "x: no such file"), ("--reference x", "--reference x"),
         ("--cfg_interval 0 0.5", "without --cfg_scale"), ("--diffusion sbdm", "without --solver sde"),
+        ("--cfg_scale 5 --steps 4 --cfg_interval 0.3 0.45", ("--cfg_interval 0.3 0.45", "none of the 4 steps")),
+        ("--ckpt {sure} --cfg_scale 2", "no null class"), ("--ckpt {broken}", "not finite"),
+        ("--ckpt {named} --reference {bare} --cfg_scale 2", ("--cfg_scale 2", "no labels", "--labels")),
+        ("--ckpt {early} --steps 2 --restart 0.5", ("--steps 2", "--restart 1")),
         ("--ckpt {map} --restart 1", "without --steps above 1"), ("--truth x", "--truth x"),
         ("--out file", ("--out file", ".png")), ("--out a.jpg", ("--out a.jpg", ".png")),
         ("--out full", ("--out full", "holiday.jpg")), ("--out file/s.png", "cannot be written"),
