@@ -110,6 +110,8 @@ def make_rows():
             rows[f"{path} {prediction} map"] = Row("predictions", (other, flow_map()), STEPS)
     own = rows["linear teacher"].stages[0]
     rows["linear student, 4 steps"] = Row("families", (own, student("--student_steps 4", 600, lr=None)), {"4": ""})
+    longer = student("--lr 6e-4 --critic_lr 6e-4 --ema 0.995", 900, lr=None)
+    rows["linear student, both rates 6e-4, 900 s"] = Row("families", (own, longer), rows["linear student"].samples)
     rows["linear map, then student"] = Row("families", (
         own, flow_map(seconds=400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
     for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
