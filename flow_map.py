@@ -24,8 +24,8 @@ from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, prediction_scale,
                           regression_loss, start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import (LATE, add_teacher_flags, choose_labels, column_names, data_share, generate, load_teacher,
-                    noise_levels, uneven_counts)
+from sample import (add_teacher_flags, choose_labels, column_names, generate, holds_data, load_teacher, noise_levels,
+                    uneven_counts)
 
 
 class Row(NamedTuple):
@@ -339,7 +339,7 @@ def main():
     args.t_min = args.t_min or time_of_noise_ratio(noise_levels(problem, config), 0.02)
     if args.t_max > latest:
         raise UserError(f"--t_max {args.t_max:g}: on this path networks end at {latest:g}; give at most that")
-    if args.t_max < latest and data_share(config, args.t_max) > LATE:
+    if args.t_max < latest and holds_data(config, args.t_max):
         raise UserError(f"--t_max {args.t_max:g}: a map starts from noise alone, and data are left in x_t there; give "
                         f"{latest:g} or little less")
     if args.t_min >= args.t_max:

@@ -30,7 +30,6 @@ from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Pro
 from model import guided, load_model
 
 
-LATE = 0.05  # the largest data_share of a map's start: at most so much of what it has learnt on is missing there
 LABELS = ("data", "balanced", "uniform", "random")  # the last is an older name of uniform
 
 
@@ -48,10 +47,11 @@ def noise_levels(problem, config):
     return problem._replace(path=FAMILIES[config["interpolant"]]) if problem.sees_x1 else problem
 
 
-def data_share(config, t):
-    """alpha / s at the time t, of the data in x_t beside the noise. What starts a map holds none."""
+def holds_data(config, t):
+    """Whether x_t at the time t holds data (alpha / s above 0.05) that a flow map, which starts from noise alone, would
+    miss if it started there."""
     k = known(noise_levels(problem_of(config), config), torch.tensor([t]))
-    return float(k.alpha / k.s)
+    return bool(k.alpha / k.s > 0.05)
 
 
 def student_times(config):
@@ -270,7 +270,7 @@ def choose_sampler(args, net, config, name):
         if solver:
             raise UserError(f"--solver {solver}: {name} is a student, it has steps of its own; leave it out")
         check_idle(args, {"restart": 0.0}, (("restart", "--steps above 1", (args.steps or most) > 1),))
-        if is_flow_map(config) and (args.steps or 1) > 1 > args.restart and data_share(config, times[0]) > LATE:
+        if is_flow_map(config) and (args.steps or 1) > 1 > args.restart and holds_data(config, times[0]):
             raise UserError(f"--steps {args.steps}: {name} starts at t = {times[0]:.3g}, from noise where its steps "
                             "expect data as well; add --restart 1")
         return Sampler(args.steps or most, restart=args.restart)
