@@ -1085,6 +1085,14 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--compare {teacher} {free_student}", "differ in num_classes")])}
 
 
+@pytest.mark.parametrize("flags, found", [("", (3e-4, 6e-4, -0.4)), ("--lr 1e-5 --kappa -1e-3", (1e-5, 2e-5, -1e-3)),
+                                          ("--critic_lr .1 --objective gap", (3e-4, 0.1, 1))])
+def test_what_a_row_and_one_rate_say_of_the_others(monkeypatch, flags, found):
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--teacher_ckpt", "t.pt", *flags.split()])
+    args, _ = distill.parse_flags()
+    assert (args.lr, args.critic_lr, args.kappa) == pytest.approx(found)
+
+
 @pytest.mark.parametrize("job, flags, says", [(job, f"{usual} {flags}", says) for job, (usual, rows) in MISTAKES.items()
                                               for flags, says in rows])
 def test_mistakes_are_one_line(refuses, job, flags, says):
