@@ -76,7 +76,7 @@ def flow_map(row="lagrange", flags="", seconds=360):
     return Stage("flow_map", f"--teacher_ckpt {{0}}{data} --row {row} {flags}".strip(), seconds)
 
 
-ONE, STEPS = {"1": ""}, {k: f"--steps {k}" for k in ("1", "2", "4")}
+ONE, MORE, STEPS = {"1": ""}, {"1": "", "1 of 10000": "--n 10000"}, {k: f"--steps {k}" for k in ("1", "2", "4")}
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = ("linear teacher", "linear student", "linear student, 4 steps", "linear map", "linear map, then student",
@@ -96,7 +96,7 @@ def make_rows():
     for path in SHEET:  # small networks predict data
         own = teacher(f"--interpolant {path}")
         rows[f"{path} teacher"] = Row("families", (own,), {"50": ""})
-        rows[f"{path} student"] = Row("families", (own, student("", 600, lr=None)), {**ONE, "1 of 10000": "--n 10000"})
+        rows[f"{path} student"] = Row("families", (own, student("", 600, lr=None)), MORE)
         rows[f"{path} map"] = Row("families", (own, flow_map()), STEPS)
         rows[f"{path} teacher, solvers"] = Row("solvers", (own,), SOLVED)
         for name in OBJECTIVES if path != "ve" else [name for name in OBJECTIVES if name != "cross"]:
@@ -104,14 +104,14 @@ def make_rows():
         for prediction in ("velocity", "noise") if path != "ve" else ():
             other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
-            rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), ONE)
+            rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), MORE)
             rows[f"{path} {prediction} student, default rates"] = Row(
                 "predictions", (other, student("", 600, lr=None)), ONE)
             rows[f"{path} {prediction} map"] = Row("predictions", (other, flow_map()), STEPS)
     own = rows["linear teacher"].stages[0]
     rows["linear student, 4 steps"] = Row("families", (own, student("--student_steps 4", 600, lr=None)), {"4": ""})
     longer = student("--lr 6e-4 --critic_lr 6e-4 --ema 0.995", 900, lr=None)
-    rows["linear student, both rates 6e-4, 900 s"] = Row("families", (own, longer), rows["linear student"].samples)
+    rows["linear student, both rates 6e-4, 900 s"] = Row("families", (own, longer), MORE)
     rows["linear map, then student"] = Row("families", (
         own, flow_map(seconds=400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
     for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
@@ -127,8 +127,8 @@ def make_rows():
     other = first._replace(flags="--prediction velocity")
     rows["first command, velocity teacher"] = Row("first", (other,), {"50": ""}, data="digits")
     rows["first command, velocity student"] = Row("first", (other, student("", None, 300)), ONE, data="digits")
-    rows["first command, velocity student, a map before"] = Row("first", (  # a third of the work each: an iteration of
-        other, Stage("flow_map", "--teacher_ckpt {0} --data digits", None, 400),  # a map is a quarter
+    rows["first command, velocity student, a map before"] = Row("first", (
+        other, Stage("flow_map", "--teacher_ckpt {0} --data digits", None, 400),  # a third of the work
         student("--student_ckpt {1}", None, 200)), ONE, data="digits")
 
     settings = {name: f"--objective {name}" for name in OBJECTIVES}
@@ -156,7 +156,7 @@ def make_rows():
 
     vp = teacher("--interpolant vp")  # why its student stands so far behind: length, or a setting?
     for seconds in (120, 360, 600, 900, 1500):
-        rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), ONE)
+        rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), MORE)
     for flags in ("t_init 0.259", "t_init 0.567", "t_init 0.676", "weight uniform", "units velocity", "t_min 0.05",
                   "t_max 0.67", "ema 0.9", "k_psi 2", "critic_lr 6e-3", "kappa 0"):  # s/alpha 1, 5, 10
         rows[f"vp, --{flags}"] = Row("vp", (vp, student(f"--{flags}")), ONE)
@@ -413,7 +413,7 @@ def draw_seconds(records):
     curves = {}  # name -> seconds -> seed -> score
     for r in records:
         name, _, budget = r["row"].rpartition(", ")
-        for label, score in r["scores"].items() if budget.endswith(" s") else ():
+        for label, score in r["scores"].items() if r["group"] == "objectives" and budget.endswith(" s") else ():
             curve = curves.setdefault(f"{name} ({label})", {})
             curve.setdefault(int(budget[:-2]), {})[r["seed"]] = score["frechet"]
     lines = {}

@@ -185,6 +185,7 @@ def test_fact_7_ve_gives_stop_in_velocity_units_no_gradient_and_is_refused():
     assert nothing.abs().max() == 0 and something.abs().min() > 0
     with pytest.raises(UserError, match="--units data"):
         check_objective(problem, OBJECTIVES["cross"])
+    with pytest.raises(UserError, match="--units data"):
         check_objective(Problem(Interpolant(lambda t: 0.9 * t ** 0, lambda t: 1 + t)), OBJECTIVES["cross"])
     check_objective(problem, OBJECTIVES["dmd"])
     check_objective(problem, OBJECTIVES["gap"])

@@ -208,7 +208,7 @@ def test_what_a_network_predicts_where_no_flag_says_so(run, images, tmp_path, mo
     def prediction(out, *flags):
         run("train_teacher", "--data", images, *SMALL[2:], "--out", tmp_path / out, *flags)
         return load_checkpoint(tmp_path / out / "teacher.pt")["config"]["prediction"]
-    monkeypatch.setitem(FAMILIES, "ve", FAMILIES["ve"]._replace(predict="velocity"))  # whatever a preconditioned row says
+    monkeypatch.setitem(FAMILIES, "ve", FAMILIES["ve"]._replace(predict="velocity"))  # preconditioned ones do not ask
     assert prediction("ve", "--model", "SiT-S/8", "--iters", 1, "--interpolant", "ve", "--label_dropout", 0) == "data"
     assert load_model(tmp_path / "ve" / "teacher.pt")[1]["null_class"] is False
     assert prediction("XXS", "--model", "SiT-XXS/8", "--iters", 1, "--interpolant", "vp") == "data"
@@ -887,15 +887,21 @@ def test_image_i_depends_on_seed_and_i_alone(run, small_teacher, tmp_path, solve
 
 
 def test_every_flag_of_sampling_changes_the_images(run, checkpoints, small_teacher, tmp_path):
-    guided = "--cfg_scale 3"
+    guided, edge = "--cfg_scale 3", "--steps 10 --cfg_interval 0.25 0.3"  # 0.3 is a step, a hair above it in float64
     for ckpt, settings in ((small_teacher, ("", "--steps 5", "--seed 1", guided, f"{guided} --cfg_interval 0.4 0.6",
-                                            "--solver heun", "--solver sde", "--solver sde --diffusion constant")),
+                                            f"{guided} {edge}", "--solver heun", "--solver sde",
+                                            "--solver sde --diffusion constant")),
                            (checkpoints["map"], ("", "--restart 0.5", "--restart 1"))):
         made = set()
         for flags in settings:
             run("sample", "--ckpt", ckpt, "--n", 4, "--steps", 4, *flags.split(), "--out", tmp_path / "s.npz")
             made.add(np.load(tmp_path / "s.npz")["arr_0"].tobytes())
         assert len(made) == len(settings)
+
+
+def test_samples_that_are_not_finite_say_so(run, checkpoints, tmp_path):
+    said = run("sample", "--ckpt", checkpoints["broken"], "--n", 3, "--steps", 2, "--out", tmp_path / "s.npz")
+    assert "3 of 3 samples are not finite" in said
 
 
 def test_an_export_is_a_checkpoint_with_the_average_that_was_chosen(run, refused, small_teacher, tmp_path):
@@ -955,9 +961,11 @@ def checkpoints(tmp_path_factory, images, small_teacher):
                                    ("sure", 4, {"null_class": False}), ("broken", 0, {}),
                                    ("noisy", 4, {"interpolant": "bridge", "prediction": "data"}),
                                    ("coupled", 4, {"pairs": True}), ("coupled_map", 4, {"pairs": True, **MAP}),
-                                   ("seen", 0, SEEN), ("named", 4, SEEN), ("unpaired", 0, {**SEEN, "reference": "unpaired"})):
+                                   ("seen", 0, SEEN), ("named", 4, SEEN),
+                                   ("sure_bridge", 4, {**SEEN, "null_class": False}),
+                                   ("unpaired", 0, {**SEEN, "reference": "unpaired"})):
         network = {"size": "XXS", "patch": 4, "image_size": 8, "channels": 1, "num_classes": classes}
-        network["reference_channels"] = int(name in ("seen", "named"))
+        network["reference_channels"] = int(name in ("seen", "named", "sure_bridge"))
         config = {"network": network, "model": "SiT-XXS/4", "interpolant": "linear", "prediction": "velocity"} | changes
         found[name] = folder / f"{name}.pt"
         weights = build_model(config).state_dict()
@@ -1059,7 +1067,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--cfg_interval 1 0", "below the second"), ("--vae x", "x: no such file"), ("--reference x", "--reference x"),
         ("--cfg_interval 0 0.5", "without --cfg_scale"), ("--diffusion sbdm", "without --solver sde"),
         ("--cfg_scale 5 --steps 4 --cfg_interval 0.3 0.45", ("--cfg_interval 0.3 0.45", "none of the 4 steps")),
-        ("--ckpt {sure} --cfg_scale 2", "no null class"), ("--ckpt {broken}", "not finite"),
+        ("--ckpt {sure} --cfg_scale 2", "no null class"),
+        ("--ckpt {sure_bridge} --reference {bare}", ("--reference", "add --labels")),
         ("--ckpt {named} --reference {bare} --cfg_scale 2", ("--cfg_scale 2", "no labels", "--labels")),
         ("--ckpt {early} --steps 2 --restart 0.5", ("--steps 2", "--restart 1")),
         ("--ckpt {map} --restart 1", "without --steps above 1"), ("--truth x", "--truth x"),
