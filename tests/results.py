@@ -80,8 +80,8 @@ ONE, MORE, STEPS = {"1": ""}, {"1": "", "1 of 10000": "--n 10000"}, {k: f"--step
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = ("linear teacher", "linear student", "linear student, 4 steps", "linear map", "linear map, then student",
-           "vp teacher", "vp student", "gvp teacher", "gvp student", "linear velocity teacher",
-           "linear velocity student", "linear velocity map")  # README
+           "linear student, both rates 6e-4, 900 s", "gvp teacher", "gvp student", "linear velocity teacher",
+           "linear velocity student", "map lagrange, 360 s", "map for 1/1.5, then sid, 360 s")  # README
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
