@@ -370,8 +370,8 @@ def time_grid(problem, steps, end=1e-3):
 
 
 def last_time(problem):
-    """Where a flow map starts: where grids do, and s / alpha = 50 at most where the prediction (noise, score) says
-    nothing of the data beyond."""
+    """Where a flow map starts: where grids do, and s / alpha = 50 at most where the prediction (noise, score, or a
+    velocity, where alpha' is 0) says nothing of the data beyond."""
     first = float(time_grid(problem, 1)[0])
     says = prediction_scale(problem, problem.prediction, torch.tensor([first], dtype=torch.float64), 1).abs()
     return first if float(says) > 0.02 else min(first, time_of_noise_ratio(problem, 50.0))

@@ -99,7 +99,7 @@ def check_guidance(flag, scale, net, config):
     """Raise UserError where there is nothing to guide with."""
     if scale != 1 and (net.num_classes == 0 or config.get("null_class") is False):
         without = "classes" if net.num_classes == 0 else "null class (--label_dropout 0)"
-        raise UserError(f"{flag}: the teacher has no {without} to guide with")
+        raise UserError(f"--{flag} {scale:g}: the teacher has no {without} to guide with")
 
 
 def load_teacher(args, device):
@@ -117,7 +117,7 @@ def load_teacher(args, device):
                         "out")
     check_interval(args.cfg_interval)
     for flag in ("cfg_scale", "critic_cfg_scale"):
-        check_guidance(f"--{flag} {getattr(args, flag, 1):g}", getattr(args, flag, 1), teacher, config)
+        check_guidance(flag, getattr(args, flag, 1), teacher, config)
     return teacher, config, problem_of(config)
 
 
@@ -275,7 +275,7 @@ def choose_sampler(args, net, config, name):
             raise UserError(f"--steps {args.steps}: {name} starts at t = {times[0]:.3g}, from noise where its steps "
                             "expect data as well; add --restart 1")
         return Sampler(args.steps or most, restart=args.restart)
-    check_guidance(f"--cfg_scale {scale:g}", scale, net, config)
+    check_guidance("cfg_scale", scale, net, config)
     if config.get("reference") == "unpaired" and solver not in (None, "posterior"):
         raise UserError(f"--solver {solver}: an unpaired bridge knows no velocity, leave it out (posterior)")
     solver = solver or ("posterior" if config.get("reference") else "euler")

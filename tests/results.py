@@ -86,7 +86,7 @@ SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has n
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
           ("map for 1/3, then sid, 360 s", "1"), ("map for 1/3, then sid, 360 s", "4"))  # of assets/flow_map.png
-VELOCITY = teacher("--interpolant linear --prediction velocity")
+DATA, VELOCITY = teacher("--interpolant linear"), teacher("--interpolant linear --prediction velocity")
 MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progressive": "--stage_iters 85"}
 
 
@@ -108,12 +108,11 @@ def make_rows():
             rows[f"{path} {prediction} student, default rates"] = Row(
                 "predictions", (other, student("", 600, lr=None)), ONE)
             rows[f"{path} {prediction} map"] = Row("predictions", (other, flow_map()), STEPS)
-    own = rows["linear teacher"].stages[0]
-    rows["linear student, 4 steps"] = Row("families", (own, student("--student_steps 4", 600, lr=None)), {"4": ""})
+    rows["linear student, 4 steps"] = Row("families", (DATA, student("--student_steps 4", 600, lr=None)), {"4": ""})
     longer = student("--lr 6e-4 --critic_lr 6e-4 --ema 0.995", 900, lr=None)
-    rows["linear student, both rates 6e-4, 900 s"] = Row("families", (own, longer), MORE)
+    rows["linear student, both rates 6e-4, 900 s"] = Row("families", (DATA, longer), MORE)
     rows["linear map, then student"] = Row("families", (
-        own, flow_map(seconds=400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
+        DATA, flow_map(seconds=400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
     for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
         own = rows[f"{path} teacher"].stages[0]
         rows[f"{path} student, lr {lr}"] = Row("predictions", (own, student("", 600, lr=float(lr))), ONE)
@@ -170,7 +169,7 @@ def make_rows():
             "DMD2": "--objective dmd --data {data} --gan_weight 3e-3 --gan_critic_weight 1e-2 --k_psi 5 --lr 2e-6 "
                     "--critic_lr 2e-6 --t_init 0.988",
     }.items():
-        rows[f"as published: {name}"] = Row("recipes", (VELOCITY, student(flags)), ONE)
+        rows[f"as published: {name}"] = Row("recipes", (VELOCITY, student(flags, lr=None)), ONE)
     rows["as published: MeanFlow"] = Row("recipes", (VELOCITY, flow_map("meanflow", "--lr 1e-4")), STEPS)
 
     for flag, values in {"kappa": (0, 1), "weight": ("uniform",), "units": ("velocity",), "t_init": (0.5, 1),
@@ -197,10 +196,9 @@ def make_rows():
             rows[f"SiT-{size}, {1000 * times} iterations, teacher"] = Row("growth", (own,), {"50": ""})
             rows[f"SiT-{size}, {1000 * times} iterations, student"] = Row(
                 "growth", (own, student("", None, 100 * times, lr=None)), ONE)
-    own = rows["linear teacher"].stages[0]
     for scale in (1.5, 2, 3):
-        rows[f"guidance {scale} teacher"] = Row("guidance", (own,), {"50": f"--cfg_scale {scale}"})
-        rows[f"guidance {scale} student"] = Row("guidance", (own, student(f"--cfg_scale {scale}", lr=None)), ONE)
+        rows[f"guidance {scale} teacher"] = Row("guidance", (DATA,), {"50": f"--cfg_scale {scale}"})
+        rows[f"guidance {scale} student"] = Row("guidance", (DATA, student(f"--cfg_scale {scale}", lr=None)), ONE)
     return rows
 
 
