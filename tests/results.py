@@ -71,12 +71,13 @@ def student(flags="", *budget, lr=6e-4):
     return Stage("distill", f"--teacher_ckpt {{0}} {rates}{flags}".strip(), *budget or (360,))
 
 
-def flow_map(row="lagrange", flags="", seconds=360):
+def flow_map(row="lagrange", flags="", *budget):
     data = "" if MAPS[row].times in DATA_FREE else " --data {data}"
-    return Stage("flow_map", f"--teacher_ckpt {{0}}{data} --row {row} {flags}".strip(), seconds)
+    return Stage("flow_map", f"--teacher_ckpt {{0}}{data} --row {row} {flags}".strip(), *budget or (360,))
 
 
 ONE, MORE, STEPS = {"1": ""}, {"1": "", "1 of 10000": "--n 10000"}, {k: f"--steps {k}" for k in ("1", "2", "4")}
+AVERAGES = {"1": "", "1 by average 0.9": "--average 0.9", "1 by average 0.995": "--average 0.995"}
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = ("linear teacher", "linear student", "linear student, 4 steps", "linear map", "linear map, then student",
@@ -98,21 +99,20 @@ def make_rows():
         rows[f"{path} teacher"] = Row("families", (own,), {"50": ""})
         rows[f"{path} student"] = Row("families", (own, student("", 600, lr=None)), MORE)
         rows[f"{path} map"] = Row("families", (own, flow_map()), STEPS)
-        rows[f"{path} teacher, solvers"] = Row("solvers", (own,), SOLVED)
         for name in OBJECTIVES if path != "ve" else [name for name in OBJECTIVES if name != "cross"]:
-            rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}", lr=None)), ONE)
+            rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}", None, 200, lr=None)), ONE)
         for prediction in ("velocity", "noise") if path != "ve" else ():
             other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
             rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), MORE)
             rows[f"{path} {prediction} student, default rates"] = Row(
                 "predictions", (other, student("", 600, lr=None)), ONE)
-            rows[f"{path} {prediction} map"] = Row("predictions", (other, flow_map()), STEPS)
+    rows["linear teacher, solvers"] = Row("solvers", (DATA,), SOLVED)
     rows["linear student, 4 steps"] = Row("families", (DATA, student("--student_steps 4", 600, lr=None)), {"4": ""})
     longer = student("--lr 6e-4 --critic_lr 6e-4 --ema 0.995", 900, lr=None)
     rows["linear student, both rates 6e-4, 900 s"] = Row("families", (DATA, longer), MORE)
     rows["linear map, then student"] = Row("families", (
-        DATA, flow_map(seconds=400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
+        DATA, flow_map("lagrange", "", 400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
     for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
         own = rows[f"{path} teacher"].stages[0]
         rows[f"{path} student, lr {lr}"] = Row("predictions", (own, student("", 600, lr=float(lr))), ONE)
@@ -144,7 +144,7 @@ def make_rows():
         for name in MAPS:
             made[f"map {name}"] = (flow_map(name, MAP_FLAGS.get(name, ""), seconds),), STEPS
         for part in (6, 3, 1.5):
-            then = flow_map(seconds=seconds / part), student("--student_ckpt {1}", seconds - seconds / part)
+            then = flow_map("lagrange", "", seconds / part), student("--student_ckpt {1}", seconds - seconds / part)
             made[f"map for 1/{part:g}, then sid"] = then, STEPS
         for name, data in (("lagrange", " --data {data}"), ("freeflow", "")):
             both = student(f"--flow_weight 1 --flow_row {name}{data}", seconds)
@@ -153,13 +153,23 @@ def make_rows():
             if seconds == 360 or name in BEST:
                 rows[f"{name}, {seconds} s"] = Row("objectives", (VELOCITY, *stages), samples)
 
-    vp = teacher("--interpolant vp")  # why its student stands so far behind: length, or a setting?
-    for seconds in (120, 360, 600, 900, 1500):
+    # One change to the default student each, at equal work (an iteration of 64 samples with one critic step is 10 passes).
+    work = {"batch 32": 600, "batch 128": 150, "k_psi 2": 214, "k_psi 5": 115}
+    for flags in ("", "t_init 0.5", "t_init 1", "t_min 0.005", "t_min 0.1", "t_max 0.9", "t_max 1",
+                  "weight uniform", "kappa 0", "critic_lr 3e-4", "critic_lr 1.2e-3", "k_psi 2", "k_psi 5", "batch 32",
+                  "batch 128", "gan_weight 3e-3 --data {data}", "gan_weight 1e-2 --data {data}",
+                  "real_alpha 0.98 --real_beta 0.96 --data {data}"):
+        own = student(f"--ema 0.98 0.9 0.995 {flags and '--'}{flags}", None, work.get(flags, 300), lr=None)
+        rows[f"student --{flags}".replace(" --data {data}", "") if flags else "student, 300 iterations"] = Row(
+            "settings", (DATA, own), AVERAGES)
+    vp = teacher("--interpolant vp")
+    for seconds in (360, 600):
         rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), MORE)
-    for flags in ("t_init 0.259", "t_init 0.567", "t_init 0.676", "weight uniform", "units velocity", "t_min 0.05",
-                  "t_max 0.67", "ema 0.9", "k_psi 2", "critic_lr 6e-3", "kappa 0"):  # s/alpha 1, 5, 10
-        rows[f"vp, --{flags}"] = Row("vp", (vp, student(f"--{flags}")), ONE)
-    rows["vp map shortcut"] = Row("vp", (vp, flow_map("shortcut")), STEPS)
+    for path in ("linear", "vp", "gvp"):  # how long it takes: one student, looked at on its way
+        own = teacher(f"--interpolant {path}"), student(
+            "--lr 6e-4 --critic_lr 6e-4 --ema 0.995 0.98 --save_every 200 --keep 0", None, 1200, lr=None)
+        rows[f"{path} student, as it learns"] = Row("growth", own, {
+            f"1 after {k}": f"--ckpt {{out}}/student_one_step_{k:07d}.pth" for k in range(200, 1201, 200)})
 
     for name, flags in {
             "original project": "--objective cross --k_psi 5 --reuse_samples --lr 1e-5 --critic_lr 1e-5 --t_init 0.5",
@@ -172,33 +182,32 @@ def make_rows():
         rows[f"as published: {name}"] = Row("recipes", (VELOCITY, student(flags, lr=None)), ONE)
     rows["as published: MeanFlow"] = Row("recipes", (VELOCITY, flow_map("meanflow", "--lr 1e-4")), STEPS)
 
-    for flag, values in {"kappa": (0, 1), "weight": ("uniform",), "units": ("velocity",), "t_init": (0.5, 1),
-                         "lr": (0.0003, 0.0012), "critic_lr": (0.0006, 0.006), "k_psi": (2, 5), "ema": (0.9, 0.995),
-                         "batch": (32, 128), "decay_from": (50,), "t_min": (0.005, 0.1), "t_max": (0.9, 1)}.items():
+    for flag, values in {"kappa": (0, 1), "units": ("velocity",), "lr": (0.0012,), "batch": (32, 128)}.items():
         for value in values:
             made = student(lr=value) if flag == "lr" else student(f"--{flag} {value}")
             rows[f"sid --{flag} {value}"] = Row("defaults", (VELOCITY, made), ONE)
     rows["sid --decay_from 100, 600 s"] = Row("defaults", (VELOCITY, student("--decay_from 100", 600)), ONE)
 
     for reference in ("lowres4", "inpaint", "jpeg10", "{digits}"):
-        bridge = teacher(f"--interpolant bridge --reference {reference}")
+        bridge = teacher(f"--interpolant bridge --reference {reference}", 1500)
         pairs, name = reference != "{digits}", reference.strip("{}")
         start = "--reference {held_out} --degrade" if pairs else "--reference {digits} --labels balanced"
-        tail = () if pairs else ("--units data --objective sid",)
+        flags = "" if pairs else "--units data --objective sid"
         rows[f"{name} teacher"] = Row("bridges", (bridge,), {"50": start})
-        rows[f"{name} student"] = Row("bridges", (bridge, student(*tail, lr=None)), {"1": start})
+        rows[f"{name} student"] = Row("bridges", (bridge, student(flags, None, 200, lr=None)), {"1": start})
         if pairs:
-            rows[f"{name} map"] = Row("bridges", (bridge, flow_map()), {k: f"{f} {start}" for k, f in STEPS.items()})
+            rows[f"{name} map"] = Row("bridges", (bridge, flow_map("lagrange", "", None, 400)),
+                                      {k: f"{f} {start}" for k, f in STEPS.items()})
 
-    for size in ("XXS/4", "XS/4", "XS/2"):
-        for times in (1, 3):
-            own = teacher(f"--interpolant linear --model SiT-{size}", 1000 * times)
-            rows[f"SiT-{size}, {1000 * times} iterations, teacher"] = Row("growth", (own,), {"50": ""})
-            rows[f"SiT-{size}, {1000 * times} iterations, student"] = Row(
-                "growth", (own, student("", None, 100 * times, lr=None)), ONE)
+    for size, lengths in {"XXS/4": (1000, 3000, 10000), "XS/4": (1000,), "XS/2": (1000,)}.items():
+        for iters in lengths:  # XS/4 of 3000: the linear teacher
+            own = teacher(f"--interpolant linear --model SiT-{size}", iters)
+            rows[f"SiT-{size}, {iters} iterations, teacher"] = Row("growth", (own,), {"50": ""})
+            rows[f"SiT-{size}, {iters} iterations, student"] = Row(
+                "growth", (own, student("", None, 300, lr=None)), ONE)
     for scale in (1.5, 2, 3):
         rows[f"guidance {scale} teacher"] = Row("guidance", (DATA,), {"50": f"--cfg_scale {scale}"})
-        rows[f"guidance {scale} student"] = Row("guidance", (DATA, student(f"--cfg_scale {scale}", lr=None)), ONE)
+        rows[f"guidance {scale} student"] = Row("guidance", (DATA, student(f"--cfg_scale {scale}", None, 300, lr=None)), ONE)
     return rows
 
 
@@ -270,9 +279,8 @@ class Runner:
                     (folder / old).unlink(missing_ok=True)
                 budget = stage.seconds and stage.seconds * self.args.scale
                 iters = stage.iters if budget else max(1, round(stage.iters * self.args.scale))
-                words = [f"{stage.script}.py", *flags, "--seed", str(seed), "--iters", str(iters),
-                         "--sample_every", "0", "--save_every", str(iters), "--fresh", "--device", "cpu", "--out",
-                         str(folder)]
+                words = [f"{stage.script}.py", "--seed", str(seed), "--iters", str(iters), "--sample_every", "0",
+                         "--save_every", str(iters), "--fresh", "--device", "cpu", "--out", str(folder), *flags]
                 began = time.time()
                 used = call(words, folder / "out.txt", budget, folder / f"{job}.json")
                 done = re.findall(r"stopped after iteration (\d+)", (folder / "out.txt").read_text())
@@ -303,7 +311,7 @@ class Runner:
             if row.stages:
                 words = ["sample.py", "--ckpt", str(folders[-1] / WRITES[row.stages[-1].script]), "--n",
                          str(max(50, round(row.n * min(1, self.args.scale)))), "--seed", "1", "--batch", "50",
-                         "--device", "cpu", *(word.format(**self.names) for word in flags.split())]
+                         "--device", "cpu", *(word.format(out=folders[-1], **self.names) for word in flags.split())]
                 call([*words, "--out", str(files[-1])], log)
                 call([*words, "--n", "40", "--out", str(files[-1].with_suffix(".png"))], log)
         found = place / "score.json"

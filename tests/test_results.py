@@ -14,7 +14,7 @@ from results import (PANELS, WRITES, Runner, call, draw_best, draw_seconds, draw
 
 
 def test_every_row_is_made_of_flags_that_the_scripts_take(monkeypatch):
-    names = {"data": "mnist.npz", "digits": "digits.npz", "held_out": "held_out.npz"}
+    names = {"data": "mnist.npz", "digits": "digits.npz", "held_out": "held_out.npz", "out": "out"}
     for name, row in make_rows().items():
         made = []
         for stage in row.stages:
