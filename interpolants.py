@@ -119,15 +119,12 @@ class Coefficients(NamedTuple):
 
 def coefficients(path, t, ndim=1, sees_x1=False):
     """t (B,) -> Coefficients, each (B, 1, ..., 1) with ndim dimensions."""
-    def std(t):
-        if sees_x1:
-            return path.gamma(t)
-        return torch.hypot(path.beta(t), path.gamma(t)) if path.noisy else path.beta(t)
-
     with torch.enable_grad():
         t = t.detach().requires_grad_()
-        values = [f(t) for f in (path.alpha, path.beta, path.gamma, std)]
-        slopes = [torch.autograd.grad(v.sum(), t)[0] if v.requires_grad else torch.zeros_like(t) for v in values]
+        alpha, beta, gamma = (f(t) + 0 * t for f in (path.alpha, path.beta, path.gamma))  # f may give a number
+        s = gamma if sees_x1 else torch.hypot(beta, gamma) if path.noisy else beta
+        values = alpha, beta, gamma, s
+        slopes = [torch.autograd.grad(v.sum(), t, retain_graph=True)[0] for v in values]
     return Coefficients(*(c.detach().reshape(c.shape + (1,) * (ndim - c.ndim)) for c in (*values, *slopes)))
 
 

@@ -5,6 +5,7 @@
     python tests/bench.py sampling      # time per image: teacher with 50 and 250 steps, one-step student
     python tests/bench.py antithetic    # variance of a velocity bridge's gradient with and without +-z pairs
     python tests/bench.py limit         # samples of what a flow map of the teacher --ckpt is drawn to, by mu
+    python tests/bench.py errors        # how far the data prediction of the teacher --ckpt is from --data, by noise
     python tests/bench.py blocks        # SiT-S/2, forward and backward, against separate q, k, v and unfused attention
     python tests/bench.py plan --model SiT-XL/2 --side 32 --channels 4 --batch 128     # memory, disk, hours of stages
     python tests/bench.py scale --side 32 --channels 4 --batch 64     # on a GPU: training and samples of S/2, B/2, XL/2
@@ -49,11 +50,12 @@ import distill
 import fid
 import flow_map
 from common.autoencoder import CHUNK, Autoencoder
-from common.data import draw_digits
+from common.data import draw_digits, load_images
 from common.files import save_checkpoint
 from common.images import degrade, to_device, to_uint8
 from common.run import frozen, peak_memory, precision, put_in_training, start_processes
-from interpolants import FAMILIES, Batch, Problem, Sampler, ddim, regression_loss, start_at, time_grid
+from interpolants import (FAMILIES, Batch, Problem, Sampler, ddim, interpolate, regression_loss, start_at, time_grid,
+                          time_of_noise_ratio)
 from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, load_model, parse_name, round_weights
 from sample import choose_labels, first_noise, generate, problem_of
 
@@ -270,6 +272,22 @@ def limit(args):
         path = pathlib.Path(args.ckpt).with_name(f"limit_{mu:g}_{steps}.npz")
         np.savez(path, images=np.concatenate(found), labels=y.numpy())
         print(f"wrote {path}: mu {mu:g}, {steps} steps", flush=True)
+
+
+@torch.no_grad()
+def errors(args):
+    """The error of a teacher's data prediction, root mean square a pixel in units of [-1, 1], on --images of --data with
+    the labels that they have, noised to s/alpha."""
+    net, config = load_model(args.ckpt)
+    problem, images = problem_of(config), load_images(args.data)
+    x0, y = to_device(images.images[:args.images], "cpu"), torch.from_numpy(images.labels[:args.images])
+    b = Batch(x0=x0, x1=torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), y=y)
+    for ratio in (0.1, 0.3, 1.0, 2.5, 10.0, 50.0, 150.0):
+        t = torch.full(y.shape, time_of_noise_ratio(problem, ratio))
+        squares = [(problem.data(net, part._replace(x_t=interpolate(problem.path, part.x0, part.x1, part.t)[0]))
+                    - part.x0).square().flatten() for part in
+                   (b._replace(t=t).rows(rows) for rows in torch.arange(len(y)).split(args.batch))]
+        print(f"s/alpha {ratio:g}, t = {t[0]:.3f}: {torch.cat(squares).mean().sqrt():.3f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -588,10 +606,11 @@ def plan(args):
 
 
 COMMANDS = {"iteration": iteration, "maps": maps, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic,
-            "blocks": blocks, "plan": plan, "scale": scale, "limit": limit}
+            "blocks": blocks, "plan": plan, "scale": scale, "limit": limit, "errors": errors}
 FLAGS = {"model": "SiT-XS/4", "side": 28, "channels": 1, "batch": 64, "iterations": 6, "rounds": 3,
          "images": 2000,  # of limit, and of each side in the whole fid command
-         "ckpt": "out/teacher.pt",  # of limit
+         "ckpt": "out/teacher.pt",  # of limit, errors
+         "data": "digits",  # of errors
          "models": "SiT-S/2,SiT-B/2,SiT-XL/2",  # of scale
          "gpus": 8, "tflops": 800.0, "mfu": 0.4, "classes": 1000, "cfg_scale": 4.0, "k_psi": 5, "data_images": 1281167,
          "iters": 200000, "teacher_iters": 400000, "teacher_batch": 256}  # of plan

@@ -207,7 +207,8 @@ def make_rows():
                 "growth", (own, student("", None, 300, lr=None)), ONE)
     for scale in (1.5, 2, 3):
         rows[f"guidance {scale} teacher"] = Row("guidance", (DATA,), {"50": f"--cfg_scale {scale}"})
-        rows[f"guidance {scale} student"] = Row("guidance", (DATA, student(f"--cfg_scale {scale}", None, 300, lr=None)), ONE)
+        guided = student(f"--cfg_scale {scale}", None, 300, lr=None)
+        rows[f"guidance {scale} student"] = Row("guidance", (DATA, guided), ONE)
     return rows
 
 

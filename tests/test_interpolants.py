@@ -225,6 +225,13 @@ def test_a_family_is_one_row():
     torch.testing.assert_close(*flow(problem, 100, "heun"), rtol=0.05, atol=0.02)
 
 
+def test_a_row_may_give_a_number():
+    for gamma in (lambda t: 0.5, lambda t: 0.5 + 0 * t):
+        k = coefficients(Interpolant(lambda t: 1.0, lambda t: t, gamma), T, 4)
+        assert all(c.shape == (19, 1, 1, 1) for c in k) and not (k.dalpha.any() or k.dgamma.any())
+        torch.testing.assert_close(k.s.flatten(), torch.hypot(T, torch.full_like(T, 0.5)))
+
+
 def test_euler_on_ve_steps_in_sigma():
     """EDM's first-order sampler, written out: 50 steps keep the data's spread, which Euler in t would shrink."""
     problem = Problem(FAMILIES["ve"], "data")

@@ -1170,6 +1170,9 @@ def test_what_a_map_is_drawn_to_is_sampled(tmp_path):
     import bench
     teacher, _, _ = bench.random_teacher(tmp_path, "SiT-XXS/4", 8, 1)
     Life(tmp_path, "bench", "limit", "--ckpt", str(teacher), "--images", "4", "--batch", "2").end()
+    np.savez(tmp_path / "d.npz", images=np.zeros((5, 8, 8), np.uint8), labels=np.arange(5))
+    said = Life(tmp_path, "bench", "errors", "--ckpt", str(teacher), "--data", str(tmp_path / "d.npz")).end()
+    assert "s/alpha 1, t = 0.500: " in said
     assert [np.load(path)["images"].shape for path in tmp_path.glob("limit_*.npz")] == [(4, 8, 8, 1)] * 4
     whole, first = bench.unroll(0.9, 0.1, 0.3), bench.unroll(0.9, 0.34, 0.3)  # lagrange's first leg, 1 - mu of the way
     np.testing.assert_allclose(first[1:], whole[:-1])  # its teacher takes the rest, in one step
