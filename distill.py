@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from common.autoencoder import decoder
-from common.data import Stream, open_for
+from common.data import open_for
 from common.files import load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, stack_rows, to_device, to_uint8
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
@@ -27,8 +27,7 @@ from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, known
                           prediction_scale, regression_loss, solve, start_at, student_input, time_grid,
                           time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
-from sample import (add_teacher_flags, column_names, is_flow_map, load_named, load_teacher, noise_levels, student_times,
-                    uneven_counts)
+from sample import add_teacher_flags, column_names, is_flow_map, load_named, load_teacher, noise_levels, student_times
 
 
 class Objective(NamedTuple):
@@ -189,16 +188,16 @@ class Watched(NamedTuple):
         return [*[b.x1] * given, x0, self.problem.data(teacher, b), self.problem.data(critic, b)]
 
 
-def watch(problem, stream, times, seed, t, n=50):
+def watch(problem, stream, times, t, n=50):
     """-> Watched, n starts of this stream."""
-    x1, z, other = (torch.randn((n, *stream.shape), generator=generator(seed, "watched", i)).to(stream.device)
+    x1, z, other = (torch.randn((n, *stream.shape), generator=generator(stream.seed, "watched", i)).to(stream.device)
                     for i in range(3))
     y = torch.arange(n, device=stream.device) % max(1, stream.num_classes)
     if stream.reference:
-        first = np.random.default_rng(seed).integers(len(stream.data.images), size=n)
-        x1 = to_device(stream.reference.rows(stream.data.images, first, (seed, 0, "picture")), stream.device)
-        y = stream.labels(first)
-    return Watched(problem, times, Batch(other, x1, z, y=y), t, seed)
+        rows = np.random.default_rng(stream.seed).integers(len(stream.data.images), size=n)
+        x1 = to_device(stream.reference.rows(stream.data.images, rows, (stream.seed, 0, "picture")), stream.device)
+        y = stream.labels(rows)
+    return Watched(problem, times, Batch(other, x1, z, y=y), t, stream.seed)
 
 
 class Players(NamedTuple):
@@ -340,7 +339,7 @@ def check_real(args, config):
     if args.data and not kind and not changed and not args.gan_weight and not flow:
         raise UserError(f"--data {args.data}: nothing uses it; add --real_alpha, --real_beta or --gan_weight, or "
                         "leave it out")
-    if args.flow_weight and "data" in ROWS[args.flow_row][1:3] and args.cfg_scale != 1:
+    if args.flow_weight and ROWS[args.flow_row].first == "data" and args.cfg_scale != 1:
         raise UserError(f"--cfg_scale {args.cfg_scale:g}: --flow_row {args.flow_row} knows no guidance; leave it out")
     if flow and args.data is None and not kind:
         raise UserError(f"--flow_row {args.flow_row}: needs data to noise; add --data, or take freeflow")
@@ -359,15 +358,17 @@ def open_start(args, config, device):
         if own.get(key) != config.get(key):
             raise UserError(f"--student_ckpt {args.student_ckpt}: its {key} is {own.get(key)}, the teacher's "
                             f"{config.get(key)}")
-    if not is_flow_map(own) or {**own["network"], "second_time": False} != {**config["network"], "second_time": False}:
+    if not is_flow_map(own) or own["network"] != {**config["network"], "second_time": True}:
         raise UserError(f"--student_ckpt {args.student_ckpt}: is no flow map with the sizes of the teacher "
                         f"{args.teacher_ckpt}")
     return net, own
 
 
 def open_teacher(args, device):
-    """-> the teacher's network, its configuration, its problem, and what --student_ckpt names; the flags that the
-    checkpoints answer are filled."""
+    """-> the teacher's network, the one that the student starts from (--student_ckpt, else the same), the student's
+    configuration, and the problem; the flags that the checkpoints answer are filled."""
+    if args.flow_weight:
+        check_tangent(ROWS[args.flow_row], device)
     teacher, config, problem = load_teacher(args, device)
     kind = config.get("reference")
     if config.get("pairs"):
@@ -396,8 +397,7 @@ def open_teacher(args, device):
     if args.t_min >= args.t_max:
         raise UserError(f"--t_min {args.t_min}: must be below --t_max {args.t_max}")
     args.data = args.data or (config["data"] if kind else None)
-    args.reference = args.reference or (config["reference_source"] if kind else None)
-    return teacher, config, problem, start
+    return teacher, start[0] if start else teacher, configure(args, config, start), problem
 
 
 def configure(args, config, start):
@@ -420,7 +420,7 @@ def save_student(path, args, config, step, averages):
 def save_copy(out, args, config, step, averages):
     """The student under a name of its own; of older ones --keep stay, and every tenth."""
     save_student(out / f"student_one_step_{step:07d}.pth", args, config, step, averages)
-    for old in sorted(out.glob("student_one_step_*.pth"))[:-args.keep or None] if args.keep else ():
+    for old in sorted(out.glob(f"student_one_step_{'[0-9]' * 7}.pth"))[:-args.keep] if args.keep else ():
         if int(old.stem[-7:]) % (10 * args.save_every):
             old.unlink()
 
@@ -437,19 +437,13 @@ def main():
     args, defaults = parse_flags()
     run = Run(args, defaults, "distill")
     device = run.device
-    if args.flow_weight:
-        check_tangent(ROWS[args.flow_row], device)
-    teacher, config, problem, start = open_teacher(args, device)
-    state = run.resume("resume.pt", lambda path: load_checkpoint(path, mapped=True),
-                       ("student", "critic", "averages", "optimizers", "teacher"))
-    data, reference, made_with = open_for(teacher, args, run, config, state)
-    decode = decoder(args.vae, config, device, needed=False)
-    config = configure(args, config, start)
-    times = config["student"]["times"]
-    critic_gan_weight = args.gan_weight if args.gan_critic_weight is None else args.gan_critic_weight
+    teacher, first, config, problem = open_teacher(args, device)
+    state = run.resume("resume.pt", load_checkpoint, ("student", "critic", "averages", "optimizers", "teacher"))
+    stream, made_with = open_for(teacher, args, run, config, state)
+    decode, times = decoder(args.vae, config, device, needed=False), config["student"]["times"]
     objective = Objective(args.kappa, args.grad, args.weight, args.units, args.real_alpha, args.real_beta)
 
-    players, step = make_players(args, config, teacher, start[0] if start else teacher), 0
+    players, step, first = make_players(args, config, teacher, first), 0, None  # let go of, too
     G, psi, head, averages = players
     if state:
         players.load(state, run.out / "resume.pt")
@@ -458,15 +452,12 @@ def main():
         round_weights(teacher)  # after its checksum, and after those that start from it
     v_star = guided(teacher, args.cfg_scale, args.cfg_interval)
     v_psi, trained_v_psi = (guided(net, args.critic_cfg_scale) for net in (psi.net, psi.wrapped))
-    side = config["network"]["image_size"]
-    stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
-                    (args.t_min, args.t_max), data, reference, uneven_counts(config))
     row, flow_stream = ROWS[args.flow_row], stream._replace(times=(args.t_min, args.t_init))
     legs = make_legs(problem, row, v_star, G.net, averages[0])
-    watched = watch(problem, stream, times, args.seed, time_of_noise_ratio(noise_levels(problem, config), 1.0))
+    watched = watch(problem, stream, times, time_of_noise_ratio(noise_levels(problem, config), 1.0))
     run.begin(step)
     trained = {name: one.net for name, one in zip(("student", "critic", "head"), players) if one}
-    run.introduce(args.objective, config, data, trained,
+    run.introduce(args.objective, config, stream.data, trained,
                   {"teacher": teacher, **{f"average {decay:g}:": net for decay, net in zip(args.ema, averages)}})
 
     def save(step):
@@ -483,14 +474,15 @@ def main():
             rows = watched.rows(averages[0], v_star, v_psi)
         return draw_picture(run.out / f"distill_{step:07d}.png", rows, decode, config, watched.b.y)
 
-    known = {"spread_data": stream.data_spread()} if data else {}
+    seen = {"spread_data": stream.data_spread()} if stream.data else {}
 
     def facts():
         with precision(device):
-            if args.sample_every and "spread_teacher" not in known:
-                known["spread_teacher"] = watched.spread(v_star)
-            known["spread"] = float(watched.samples(G.net).std(0).mean())  # over the samples: falls on collapse
-        return {**known, **{f"{key}_first": value for key, value in run.first_line().items() if key == "D2"}}
+            if args.sample_every and "spread_teacher" not in seen:
+                seen["spread_teacher"] = watched.spread(v_star)
+            seen["spread"] = float(watched.samples(G.net).std(0).mean())  # over the samples: falls on collapse
+        first = run.first_line().get("D2")  # None before there is one, and where it was not finite
+        return seen if first is None else {**seen, "D2_first": first}
 
     while step < args.iters:
         adversarial = head is not None and step >= args.gan_from
@@ -520,7 +512,7 @@ def main():
                 if adversarial:  # non-saturating, on the critic's own tokens, which learn from it too
                     low, high = discriminate(problem, psi.net, head.wrapped, f, r).chunk(2)
                     head_loss = F.softplus(low).mean() + F.softplus(-high).mean()
-                    total = loss + critic_gan_weight * head_loss
+                    total = loss + (args.gan_critic_weight or args.gan_weight) * head_loss
                     run.add(head_loss=head_loss)
                 (total / args.accum).backward()
                 run.add(critic_loss=loss)
@@ -555,9 +547,9 @@ def main():
         for average, decay in zip(averages, args.ema):
             ema_update(average, G.net, decay, step)
         run.report(step, save, picture, facts)
-    if run.rank == 0:
+    if step == run.first and run.rank == 0:  # nothing to do, but the file may be gone
         save_student(run.out / "student.pt", args, config, step, averages)
-        print(f"wrote {run.out / 'student.pt'}")
+    run.say(f"wrote {run.out / 'student.pt'}")
 
 
 if __name__ == "__main__":

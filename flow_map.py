@@ -16,16 +16,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.autoencoder import decoder
-from common.data import Stream, open_for
+from common.data import open_for
 from common.files import load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, send, stack_rows
 from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
-                        one_of, put_in_training)
+                        one_of, precision, put_in_training)
 from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, prediction_scale,
                           regression_loss, start_at, time_of_noise_ratio)
-from model import build_from, ema_update, frozen_copy, guided, load_weights
-from sample import (add_teacher_flags, choose_labels, column_names, generate, holds_data, load_teacher, noise_levels,
-                    uneven_counts)
+from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
+from sample import add_teacher_flags, choose_labels, column_names, generate, holds_data, load_teacher, noise_levels
 
 
 class Row(NamedTuple):
@@ -182,8 +181,7 @@ def solve_leg(problem, net, b, n):
         x0 = problem.data(net, x._replace(r=None))
         x = x._replace(x_t=ddim(problem, x0, x, r), t=r)
     k, j = (known(problem, time, b.x_t.ndim) for time in (b.t, far))
-    given = (k.beta * b.x1, j.beta * b.x1) if problem.sees_x1 else (0, 0)
-    found = (x.x_t - given[1] - j.s / k.s * (b.x_t - given[0])) / (j.alpha - k.alpha * j.s / k.s)
+    found = (x.x_t - ddim(problem, 0, b, far)) / (j.alpha - k.alpha * j.s / k.s)  # a step is affine in x0
     short = b.t - far < 1e-3  # too short to be told from rounding: its limit
     return torch.where(short.reshape(k.s.shape), x0, found)
 
@@ -240,7 +238,7 @@ def parse_flags():
         "number in (0, 1] (the row's)")
     add("--first", type=one_of(LEGS), default=None, help="who makes the first leg: " + ", ".join(LEGS) + " (the "
         "row's)")
-    add("--second", type=one_of(LEGS), default=None, help="who makes the second leg (the row's)")
+    add("--second", type=one_of(LEGS[:-1]), default=None, help="who makes the second leg: no data (the row's)")
     add("--times", type=one_of(TIMES), default=None, help=", ".join(TIMES) + " (the row's); start and ends need no "
         "data")
     add("--diagonal", type=number(float, 0, 1), default=None, help="share of rows with r = t, which learn the "
@@ -290,16 +288,16 @@ def check_row(args):
                         "--first teacher or solver")
     if row.mu == 1:
         raise UserError("--mu 1: must be below 1")
-    if ("data" in row[1:3] or args.anchor) and args.cfg_scale != 1:
+    if (row.first == "data" or args.anchor) and args.cfg_scale != 1:
         raise UserError(f"--cfg_scale {args.cfg_scale:g}: --first data and --anchor know no guidance; leave it out")
     own = {"mu": row.first in ("teacher", "data") and row.second in ("student", "average"),
            "1-mu": row.first == "student" and row.second == "teacher"}
     if row.tangent == "jvp" and not own.get(row.lam):
         raise UserError(f"--tangent jvp: --row {args.row} has no such limit, only euler, lagrange, meanflow and their "
                         "like do; leave it out")
-    if "data" in row[1:3] and row.tangent != "jvp":
-        raise UserError(f"--first {row.first}: a finite leg from data is biased; add --tangent jvp")
-    if "data" in row[1:3] and row.times in DATA_FREE or args.anchor and row.times in DATA_FREE:
+    if row.first == "data" and row.tangent != "jvp":
+        raise UserError("--first data: a finite leg from data is biased; add --tangent jvp")
+    if (row.first == "data" or args.anchor) and row.times in DATA_FREE:
         raise UserError(f"--times {row.times}: its steps know no data, which --first data and --anchor need; choose "
                         "triangle")
     if args.grid & (args.grid - 1):
@@ -331,7 +329,7 @@ def main():
     device = run.device
     check_tangent(row, device)
     teacher, config, problem = load_teacher(args, device)
-    kind, side, latest = config.get("reference"), config["network"]["image_size"], last_time(problem)
+    kind, latest = config.get("reference"), last_time(problem)
     if kind == "unpaired":
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: an unpaired bridge knows no velocity, so there is no ODE "
                         "to follow; use distill.py --units data")
@@ -350,9 +348,8 @@ def main():
     args.data = args.data or (None if free else config.get("data"))
     if not free and not args.data:
         raise UserError(f"--row {args.row}: needs data to noise; add --data")
-    args.reference = args.reference or config.get("reference_source")
-    state = run.resume("flow_map.pt", lambda path: load_checkpoint(path, mapped=True), ("model", "ema", "before"))
-    data, reference, made_with = open_for(teacher, args, run, config, state)
+    state = run.resume("flow_map.pt", load_checkpoint, ("model", "ema", "before"))
+    stream, made_with = open_for(teacher, args, run, config, state)
     decode = decoder(args.vae, config, device, needed=False)
 
     torch.manual_seed(args.seed)
@@ -361,6 +358,8 @@ def main():
     mapped["student"] = {"times": [args.t_max], "t_init": args.t_max, "steps": 1, "cfg_scale": args.cfg_scale,
                          "cfg_interval": args.cfg_interval, "flow_map": args.row}
     average, before = frozen_copy(net), frozen_copy(net) if "before" in row else None
+    with precision(device):
+        round_weights(teacher)  # after its checksum, and after the map that starts from it
     for one in filter(None, (teacher, net, average, before)):
         one.grad_checkpoint = args.grad_checkpoint
         if args.compile:
@@ -372,11 +371,9 @@ def main():
             load_weights(one, state[key], run.out / "flow_map.pt")
         X.load_moments(state["optimizer"])
         step, state = state["step"], None  # what was read is let go of
-    stream = Stream(args.seed, args.batch, run.part, device, (teacher.channels, side, side), teacher.num_classes,
-                    (args.t_min, args.t_max), data, reference, uneven_counts(config))
     run.begin(step)
     frozen = {"average": average, "teacher": teacher, "stage before": before}
-    run.introduce(args.row, config, data, {"map": net}, {name: one for name, one in frozen.items() if one})
+    run.introduce(args.row, config, stream.data, {"map": net}, {name: one for name, one in frozen.items() if one})
 
     def save(step):
         moments = X.moments()
@@ -393,7 +390,7 @@ def main():
         path = run.out / f"flow_map_{step:07d}.png"
         return draw_picture(path, (average, mapped), (teacher, config), stream, decode, panels)
 
-    batches = None if data is None else stream.epochs(step)
+    batches = None if stream.data is None else stream.epochs(step)
     while step < args.iters:
         stage = min(step // args.stage_iters, args.grid.bit_length() - 1)  # the last has one step
         if before and step == stage * args.stage_iters > 0:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common.autoencoder import decoder
-from common.data import read_names
+from common.data import read_names, uneven_counts
 from common.files import reading, save_file, save_safetensors
 from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, read_images, save_picture, side_by_side,
                            square_grid, stack_rows, to_device, to_uint8)
@@ -103,8 +103,8 @@ def check_guidance(flag, scale, net, config):
 
 
 def load_teacher(args, device):
-    """--teacher_ckpt -> its network, configuration and problem. Raises UserError where it is none, or where --model,
-    --reference or the guidance does not fit it."""
+    """--teacher_ckpt -> its network, configuration and problem, with --reference filled. Raises UserError where it is
+    none, or where --model, --reference or the guidance does not fit it."""
     teacher, config = load_named("--teacher_ckpt", args.teacher_ckpt, device)
     if "student" in config:
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: is a {'flow map' if is_flow_map(config) else 'student'}, "
@@ -115,6 +115,7 @@ def load_teacher(args, device):
     if args.model not in (None, config["model"]):
         raise UserError(f"--model {args.model}: the teacher {args.teacher_ckpt} is a {config['model']}; leave --model "
                         "out")
+    args.reference = args.reference or config.get("reference_source")
     check_interval(args.cfg_interval)
     for flag in ("cfg_scale", "critic_cfg_scale"):
         check_guidance(flag, getattr(args, flag, 1), teacher, config)
@@ -170,12 +171,6 @@ def first_noise(net, config, seed, indices):
     """The noise that generate() makes these images of a teacher from, (n,C,H,W) on the CPU."""
     shape = (net.channels, *[config["network"]["image_size"]] * 2)
     return torch.stack([torch.randn(shape, generator=generator(seed, int(i), "image")) for i in indices])
-
-
-def uneven_counts(config):
-    """How many images of each class the teacher learnt from, None where all alike or unknown."""
-    counts = config.get("class_counts")
-    return counts if counts and min(counts) < max(counts) else None
 
 
 def find_classes(flag, wanted, config):
@@ -495,7 +490,8 @@ def main():
         (out / "labels.txt").unlink(missing_ok=True)
         if labelled:
             names = config.get("classes") or range(net.num_classes)
-            save_file(out / "labels.txt", lambda f: f.write("".join(f"{names[y]}\n" for y in labels).encode()))
+            lines = "".join(f"{names[y]}\n" for y in labels).encode(errors="surrogateescape")  # a folder's own bytes
+            save_file(out / "labels.txt", lambda f: f.write(lines))
     elif out.suffix.lower() == ".npz":
         more = {"arr_1": labels, "classes": np.array(config.get("classes") or ())} if labelled else {}
         if args.pairs:

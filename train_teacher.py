@@ -184,12 +184,10 @@ def main():
         pairs = 2 * run.world * args.accum
         raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
                         f"{max(pairs, args.batch // pairs * pairs)} does")
-    state = run.resume("teacher.pt", lambda path: load_checkpoint(path, mapped=True),
-                       ("config", "model", "ema", "optimizer"))
+    state = run.resume("teacher.pt", load_checkpoint, ("config", "model", "ema", "optimizer"))
     data, reference, autoencoder = open_data(args, run)
     made_with = {"data": data.fingerprint(), "reference": reference and reference.fingerprint()}
-    for flag, now in made_with.items():
-        run.check_same(flag, now, state and state.get(flag))
+    run.check_same(made_with, state)
     problem = Problem(family(args.interpolant, args.gamma_scale), choose_prediction(args, state), reference is not None)
     config, device = configure(args, problem, data, reference), run.device
 

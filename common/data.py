@@ -402,15 +402,22 @@ def open_data_of(args, run, config):
     return data, reference
 
 
+def uneven_counts(config):
+    """How many images of each class the teacher learnt from, None where all alike or unknown."""
+    counts = config.get("class_counts")
+    return counts if counts and min(counts) < max(counts) else None
+
+
 def open_for(teacher, args, run, config, state):
-    """open_data_of for a run that distills this network -> Images, Reference, and the checksums that say so in its
-    checkpoints. Raises UserError where those of the checkpoint `state` are others."""
+    """The Stream of a run that distills this network, and the checksums that say so in its checkpoints. Raises
+    UserError where those of the checkpoint `state` are others."""
     data, reference = open_data_of(args, run, config)
     made_with = {"teacher": checksum(teacher.state_dict()), "data": data and data.fingerprint(),
                  "reference": reference and reference.fingerprint()}
-    for flag, key in (("teacher_ckpt", "teacher"), ("data", "data"), ("reference", "reference")):
-        run.check_same(flag, made_with[key], state and state.get(key))
-    return data, reference, made_with
+    run.check_same(made_with, state)
+    side = config["network"]["image_size"]
+    return Stream(args.seed, args.batch, run.part, run.device, (teacher.channels, side, side), teacher.num_classes,
+                  (args.t_min, args.t_max), data, reference, uneven_counts(config)), made_with
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -315,9 +315,9 @@ def save_curves(out):
         names = [k for k in dict.fromkeys(k for line in mine for k in line) if k not in hidden]
         for title, fits in (("losses", lambda k: "loss" in k), ("norms of gradients", lambda k: k.endswith("_norm")),
                             ("what it makes", lambda k: "loss" not in k and not k.endswith("_norm"))):
-            curves = {k: zip(*[(line["step"], line[k]) for line in mine if isinstance(line.get(k), float)])
+            curves = {k: tuple(zip(*[(line["step"], line[k]) for line in mine if isinstance(line.get(k), float)]))
                       for k in names if fits(k)}
-            curves = {k: xy for k, xy in ((k, tuple(xy)) for k, xy in curves.items()) if xy}
+            curves = {k: xy for k, xy in curves.items() if xy}
             values = [v for _, ys in curves.values() for v in ys]
             wide = values and min(values) > 0 and max(values) > 10 * min(values)
             if curves:

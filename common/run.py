@@ -499,9 +499,9 @@ class Run:
             print(text, flush=True)
 
     def resume(self, name, load, needs):
-        """The checkpoint OUT/name, read by load(path), if it continues this command; None if there is none. Raises
-        UserError when a flag differs that would mix two runs into one; one that the checkpoint does not know had its
-        default. needs: the keys that such a checkpoint must have."""
+        """The checkpoint OUT/name, read by load (files.load_checkpoint), if it continues this command; None if there is
+        none. Raises UserError when a flag differs that would mix two runs into one; one that the checkpoint does not
+        know had its default. needs: the keys that such a checkpoint must have."""
         args, path, found = self.args, self.out / name, (self.out / name).exists()
         restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
         if dist.is_initialized():  # machines do not count alike
@@ -512,7 +512,7 @@ class Run:
                                 "first process: give a folder that all machines share")
         if args.fresh and not restarts or not found:
             return None
-        state = load(path)
+        state = load(path, mapped=True)
         if not ({"flags", "step", *needs} <= state.keys() and isinstance(state["flags"], dict)
                 and isinstance(state["step"], int)):
             raise UserError(f"--out {args.out}: {path} holds no such run; choose another --out, or start over with "
@@ -534,11 +534,13 @@ class Run:
         self.say(f"going on from iteration {state['step']} of {path}")
         return state
 
-    def check_same(self, flag, now, was):
-        """What a flag names must be what the checkpoint was made with; both are checksums of content."""
-        if was not in (None, now):
-            raise UserError(f"--{flag} {getattr(self.args, flag)}: is not what the run in {self.out} was made with; "
-                            "choose another --out, or start over with --fresh")
+    def check_same(self, made_with, state):
+        """What flags name, as checksums of content, must be what the checkpoint `state`, if any, was made with."""
+        for key, now in made_with.items():
+            flag = "teacher_ckpt" if key == "teacher" else key
+            if state and state.get(key) not in (None, now):
+                raise UserError(f"--{flag} {getattr(self.args, flag)}: is not what the run in {self.out} was made "
+                                "with; choose another --out, or start over with --fresh")
 
     def begin(self, step):
         """The folder is locked, the flags are written, and signals are caught from here on."""

@@ -269,7 +269,7 @@ def test_the_picture_noises_samples_afresh():
     for path in ("linear", "bridge"):
         problem = Problem(FAMILIES[path], "data", path == "bridge")
         stream = Stream(0, 4, slice(4), torch.device("cpu"), (1, 2, 2), 0, (0.1, 0.9))
-        watched, seen = distill.watch(problem, stream, [0.8], 0, 0.5, n=10), []
+        watched, seen = distill.watch(problem, stream, [0.8], 0.5, n=10), []
         student = lambda x, t, *_: 0 * x  # noqa: E731
         watched.rows(student, lambda x, t, *_: seen.append(x) or x, student)
         k = known(problem, torch.full((10,), 0.5), 4)

@@ -1176,3 +1176,31 @@ def test_what_a_map_is_drawn_to_is_sampled(tmp_path):
     assert [np.load(path)["images"].shape for path in tmp_path.glob("limit_*.npz")] == [(4, 8, 8, 1)] * 4
     whole, first = bench.unroll(0.9, 0.1, 0.3), bench.unroll(0.9, 0.34, 0.3)  # lagrange's first leg, 1 - mu of the way
     np.testing.assert_allclose(first[1:], whole[:-1])  # its teacher takes the rest, in one step
+
+
+def test_a_first_line_that_is_not_finite_stops_nothing(run, flags, tmp_path, monkeypatch):
+    real, factors = distill.student_loss, iter([float("nan")])
+
+    def spoilt(*given):
+        factor = next(factors, 1)
+        return [v * factor for v in real(*given)]
+    monkeypatch.setattr(distill, "student_loss", spoilt)
+    run("distill", *flags["distill"], *CHEAP["distill"], "--iters", 3, "--out", tmp_path)
+    lines = log(tmp_path, "distill")
+    assert [line["skipped"] for line in lines] == [1, 0, 0] and lines[0]["D2"] is None and "D2_first" not in lines[2]
+
+
+@unix
+def test_names_that_are_no_text(run, tmp_path):
+    """A class folder in another encoding; and copies that somebody made beside the numbered checkpoints."""
+    for name in (b"caf\xe9", b"dog"):
+        folder = tmp_path / "photos" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 99, np.uint8)).save(folder / "0.png")
+    run("train_teacher", "--data", tmp_path / "photos", *SMALL, "--iters", 1, "--data_dir", tmp_path, "--out", tmp_path)
+    run("sample", "--ckpt", tmp_path / "teacher.pt", "--n", 2, "--steps", 1, "--out", tmp_path / "made")
+    assert (tmp_path / "made" / "labels.txt").read_bytes() == b"caf\xe9\ndog\n"
+    (tmp_path / "student_one_step_0000001 (1).pth").touch()
+    run("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *SMALL[2:], "--iters", 3, "--save_every", 1, "--keep", 1,
+        "--out", tmp_path)
+    assert [f.stem[17:] for f in sorted(tmp_path.glob("*.pth"))] == ["0000001 (1)", "0000003"]
