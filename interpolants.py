@@ -22,13 +22,13 @@ SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv
 # The rows
 
 class Interpolant(NamedTuple):
-    """One family. `predict` is the prediction of its networks from S on, unless told otherwise; `precondition` asks for
-    the network's input and output to be scaled by the path's size, for rows where x_t strays far from unit size."""
+    """One family. `predict` is the prediction of its networks from S on, unless told otherwise; `scale_input` asks for
+    what networks read to be brought to unit size, for rows where x_t strays far from it."""
     alpha: Callable
     beta: Callable
     gamma: Callable = torch.zeros_like
     predict: str = "velocity"
-    precondition: bool = False
+    scale_input: bool = False
 
     @property
     def noisy(self):
@@ -51,7 +51,7 @@ FAMILIES = {
     "vp": Interpolant(lambda t: (0.5 * vp_log_abar(t)).exp(), lambda t: (-vp_log_abar(t).expm1()).sqrt(),
                       predict="noise"),
     "gvp": Interpolant(lambda t: (math.pi / 2 * t).cos(), lambda t: (math.pi / 2 * t).sin()),
-    "ve": Interpolant(torch.ones_like, ve_sigma, predict="data", precondition=True),
+    "ve": Interpolant(torch.ones_like, ve_sigma, predict="edm", scale_input=True),
     "bridge": Interpolant(lambda t: 1 - t, lambda t: t, lambda t: (t * (1 - t)).sqrt(), predict="data"),
 }
 
@@ -81,10 +81,12 @@ class Batch(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """An interpolant as its networks know it: the path, what they predict, and whether they are given x1 (bridges)."""
+    """An interpolant as its networks know it: the path, what they predict, whether they are given x1 (bridges), and
+    whether EDM's preconditioning makes their data prediction."""
     path: Interpolant
     prediction: str = "velocity"
     sees_x1: bool = False
+    edm: bool = False
 
     def noised(self, b):
         """b with its x_t, and the velocity target I'_t (B,C,H,W)."""
@@ -220,12 +222,12 @@ def target(problem, b, velocity):
 
 def loss_weight(problem, t, ndim=4):
     """Weight of the squared error at t, (B,1,..,1). Velocity and noise: 1. Score: s^2, which is the noise loss. Data:
-    with preconditioning SNR + 1/sigma_d^2, EDM's weight (arXiv:2206.00364, table 1), without it the SNR between 1
+    with EDM's preconditioning SNR + 1/sigma_d^2, its weight (arXiv:2206.00364, table 1), without it the SNR between 1
     (arXiv:2202.00512, section 4) and 5 (arXiv:2303.09556): a plain network cannot follow an SNR without bound."""
     k = known(problem, t, ndim)
     if problem.prediction == "data":
         snr = (k.alpha / k.s) ** 2
-        return snr + 1 / SIGMA_DATA ** 2 if problem.path.precondition else snr.clamp(1, 5)
+        return snr + 1 / SIGMA_DATA ** 2 if problem.edm else snr.clamp(1, 5)
     return k.s ** 2 if problem.prediction == "score" else torch.ones_like(k.s)
 
 
@@ -269,15 +271,18 @@ def leg_weight(problem, t, s, r):
     return torch.where(s == r, 1, w)
 
 
-def preconditioning(path, points=513):
+def preconditioning(path, edm=True, points=513):
     """EDM's c_in, c_skip, c_out of this path on a uniform grid of t, three lists of floats for a network's
     configuration.
 
     data prediction = c_skip x_t + c_out F(c_in x_t, t)    (arXiv:2206.00364, eq. 7, with alpha in front of the data)
-    """
+
+    Its F learns noise where there is little of it, which small networks with large patches cannot (docs/findings.md).
+    Without edm c_skip is 0 and c_out 1: the input alone is scaled."""
     k = coefficients(path, torch.linspace(0, 1, points, dtype=torch.float64))
     size = (k.alpha * SIGMA_DATA) ** 2 + k.s ** 2
-    return [c.tolist() for c in (size.rsqrt(), k.alpha * SIGMA_DATA ** 2 / size, SIGMA_DATA * k.s * size.rsqrt())]
+    c_skip, c_out = k.alpha * SIGMA_DATA ** 2 / size, SIGMA_DATA * k.s * size.rsqrt()
+    return [c.tolist() for c in (size.rsqrt(), *((c_skip, c_out) if edm else (0 * size, torch.ones_like(size))))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

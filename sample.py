@@ -39,8 +39,9 @@ LABELS = ("data", "balanced", "uniform", "random")  # the last is an older name 
 
 def problem_of(config):
     """A checkpoint's configuration -> Problem. A bridge's networks are called with x1, whether they read it or not."""
-    path = family(config["interpolant"], config.get("gamma_scale", 1.0))
-    return Problem(path, config["prediction"], config.get("reference") is not None)
+    path, scales = family(config["interpolant"], config.get("gamma_scale", 1.0)), config["network"].get("precondition")
+    edm = scales is not None and any(scales[1])
+    return Problem(path, config["prediction"], config.get("reference") is not None, edm)
 
 
 def noise_levels(problem, config):

@@ -19,7 +19,7 @@ from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_
                         number, one_of, put_in_training)
 from interpolants import FAMILIES, PREDICTIONS, Batch, Problem, Sampler, family, preconditioning, regression_loss
 from model import build_model, ema_update, frozen_copy, load_weights, parse_name
-from sample import choose_labels, column_names, generate
+from sample import choose_labels, column_names, generate, problem_of
 
 
 def draw_batch(stream, step, images, label_dropout, pairs):
@@ -60,8 +60,8 @@ def parse_flags():
     add("--model", default="SiT-XS/4", help="SiT-SIZE/PATCH with a size of XXS, XS, S, B, L, XL")
     add("--qk_norm", action="store_true", help="normalise queries and keys")
     add("--interpolant", type=one_of(FAMILIES), default="linear", help=", ".join(FAMILIES))
-    add("--prediction", type=one_of(PREDICTIONS), default=None, help="velocity, data, noise or score (data for sizes "
-        "XXS and XS, else the interpolant's own)")
+    add("--prediction", type=one_of((*PREDICTIONS, "edm")), default=None, help="velocity, data, noise, score or edm "
+        "(data by EDM's preconditioning, on ve); without it data for sizes XXS and XS, else the interpolant's own")
     add("--reference", default=None, help="what a bridge starts from: " + ", ".join(DEGRADATIONS) + " (the data, "
         "degraded), an .npz with x1 (paired images), another data set (unpaired), or noise")
     add("--gamma_scale", type=number(float, 0, open_low=True), default=1.0, help="s in a bridge's gamma = s sqrt(t (1 "
@@ -106,9 +106,9 @@ def check_flags(args, defaults):
                         "paired.npz, another data set, or noise)")
     check_idle(args, defaults, [(flag, "--interpolant bridge", bridge) for flag in (
         "reference", "gamma_scale", "antithetic")])
-    if FAMILIES[args.interpolant].precondition and args.prediction not in (None, "data"):
-        raise UserError(f"--prediction {args.prediction}: {args.interpolant} is preconditioned, its networks predict "
-                        "data; leave it out")
+    known = ("data", "edm") if FAMILIES[args.interpolant].scale_input else PREDICTIONS
+    if args.prediction not in (None, *known):
+        raise UserError(f"--prediction {args.prediction}: --interpolant {args.interpolant} has {', '.join(known)}")
 
 
 def open_data(args, run):
@@ -142,12 +142,14 @@ def open_data(args, run):
     return data, reference, autoencoder
 
 
-def choose_prediction(args, state):
-    """--prediction; without it that of the run that goes on, else data where the network is small (docs/findings.md) or
-    preconditioned, else the row's."""
-    row, small = FAMILIES[args.interpolant], parse_name(args.model)[0] in ("XXS", "XS")
-    usual = "data" if small or row.precondition else row.predict
-    return args.prediction or (state["config"]["prediction"] if state else usual)
+def choose_problem(args, state, sees_x1):
+    """What the networks of --interpolant predict: --prediction; without it as in the run that goes on, else data where
+    the network is small (docs/findings.md), else the row's."""
+    path, small = family(args.interpolant, args.gamma_scale), parse_name(args.model)[0] in ("XXS", "XS")
+    if state and not args.prediction:
+        return problem_of(state["config"])
+    chosen = args.prediction or ("data" if small else path.predict)
+    return Problem(path, "data" if chosen == "edm" else chosen, sees_x1, chosen == "edm")
 
 
 def configure(args, problem, data, reference):
@@ -155,7 +157,8 @@ def configure(args, problem, data, reference):
     size, patch = parse_name(args.model)
     network = {"size": size, "patch": patch, "image_size": data.side, "channels": data.channels,
                "num_classes": data.num_classes, "qk_norm": args.qk_norm,
-               "precondition": preconditioning(problem.path) if problem.path.precondition else None,
+               "precondition": preconditioning(problem.path, problem.edm) if problem.edm or problem.path.scale_input
+               else None,
                "reference_channels": data.channels if reference and reference.kind != "unpaired" else 0}
     config = {"network": network, "model": args.model, "interpolant": args.interpolant,
               "prediction": problem.prediction, "data": args.cache_latents or args.data}
@@ -188,7 +191,7 @@ def main():
     data, reference, autoencoder = open_data(args, run)
     made_with = {"data": data.fingerprint(), "reference": reference and reference.fingerprint()}
     run.check_same(made_with, state)
-    problem = Problem(family(args.interpolant, args.gamma_scale), choose_prediction(args, state), reference is not None)
+    problem = choose_problem(args, state, reference is not None)
     config, device = configure(args, problem, data, reference), run.device
 
     # The network, its average and its optimizer.

@@ -101,7 +101,7 @@ def make_rows():
         rows[f"{path} map"] = Row("families", (own, flow_map()), STEPS)
         for name in OBJECTIVES if path != "ve" else [name for name in OBJECTIVES if name != "cross"]:
             rows[f"{path}, {name}"] = Row("sheet", (own, student(f"--objective {name}", None, 200, lr=None)), ONE)
-        for prediction in ("velocity", "noise") if path != "ve" else ():
+        for prediction in ("velocity", "noise") if path != "ve" else ("edm",):
             other = teacher(f"--interpolant {path} --prediction {prediction}")
             rows[f"{path} {prediction} teacher"] = Row("predictions", (other,), {"50": ""})
             rows[f"{path} {prediction} student"] = Row("predictions", (other, student("", 600)), MORE)

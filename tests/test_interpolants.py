@@ -100,22 +100,25 @@ def test_noise_ratios_carry_over_between_rows(row, sees_x1):
 @pytest.mark.parametrize("row", ROWS)
 def test_preconditioned_data_prediction_is_exact_for_gaussian_data(row):
     """For data of std sigma_d the optimal data prediction is c_skip x_t, and c_in x_t has unit size."""
-    c_in, c_skip, c_out = (torch.tensor(c, dtype=torch.float64) for c in preconditioning(FAMILIES[row], 101))
+    c_in, c_skip, c_out = (torch.tensor(c, dtype=torch.float64) for c in preconditioning(FAMILIES[row], points=101))
     k = coefficients(FAMILIES[row], torch.linspace(0, 1, 101, dtype=torch.float64))
     variance = 0.25 * k.alpha ** 2 + k.s ** 2
     torch.testing.assert_close(c_in ** 2 * variance, torch.ones_like(c_in))
     torch.testing.assert_close(c_skip, 0.25 * k.alpha / variance)
     torch.testing.assert_close(c_out ** 2, 0.25 - c_skip ** 2 * variance, rtol=1e-4, atol=1e-7)  # the posterior's
+    assert preconditioning(FAMILIES[row], False, 101) == [c_in.tolist(), [0] * 101, [1] * 101]
 
 
 @pytest.mark.parametrize("row, prediction", [("linear", "velocity"), ("vp", "noise"), ("gvp", "score"), ("ve", "data"),
-                                             ("linear", "data")])
+                                             ("ve", "edm"), ("linear", "data")])
 def test_regression_in_any_prediction_is_a_weighted_data_loss(row, prediction):
     """A network wrong by d in x0 has the loss w |d|^2: w is c^2, the SNR, for data EDM's or the SNR from 1 to 5."""
-    problem, b, d = Problem(FAMILIES[row], prediction), Batch(*draw(3, 19, 1, 2, 2), T), draw(19, 1, 2, 2, seed=1)
+    edm, prediction = prediction == "edm", prediction.replace("edm", "data")
+    problem = Problem(FAMILIES[row], prediction, edm=edm)
+    b, d = Batch(*draw(3, 19, 1, 2, 2), T), draw(19, 1, 2, 2, seed=1)
     k, c = known(problem, T), prediction_scale(problem, "velocity", T, 1)
     snr = (k.alpha / k.s) ** 2
-    data = (k.s ** 2 + 0.25) / (0.5 * k.s) ** 2 if row == "ve" else snr.clamp(1, 5)
+    data = (k.s ** 2 + 0.25) / (0.5 * k.s) ** 2 if edm else snr.clamp(1, 5)
     weight = {"velocity": c ** 2, "noise": snr, "score": snr, "data": data}[prediction]
 
     def net(x_t, t, y):
@@ -177,8 +180,8 @@ def test_where_velocities_say_nothing_of_the_data_nobody_starts(alpha, beta, sol
     assert float(k.s / k.alpha) == pytest.approx(50, rel=1e-3)
 
 
-@pytest.mark.parametrize("row, prediction", [*((row, FAMILIES[row].predict) for row in ROWS), ("linear", "data"),
-                                             ("linear", "noise"), ("linear", "score")])
+@pytest.mark.parametrize("row, prediction", [*((row, FAMILIES[row].predict.replace("edm", "data")) for row in ROWS),
+                                             *(("linear", prediction) for prediction in PREDICTIONS[1:])])
 @pytest.mark.parametrize("solver, steps", [("euler", 100), ("heun", 60)])
 def test_ode_carries_the_reference_to_the_data(row, prediction, solver, steps):
     torch.testing.assert_close(*flow(Problem(FAMILIES[row], prediction), steps, solver), rtol=0.05, atol=0.02)

@@ -34,6 +34,7 @@ from common.run import Run, StopSignal, Trained, UserError, command, frozen, lea
 from conftest import ROOT, SMALL
 from interpolants import FAMILIES
 from model import build_model, load_model
+from sample import problem_of
 from test_model import shaken
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -188,7 +189,7 @@ def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objec
     net, config = load_model(tmp_path / "teacher.pt")
     assert (config["network"]["num_classes"], config["interpolant"]) == (4, row)
     assert config["prediction"] == ("score" if row == "gvp" else "data")
-    assert (config["network"]["precondition"] is not None) == (row == "ve")
+    assert (config["network"]["precondition"] is not None) == (row == "ve") and not problem_of(config).edm
     assert config["network"]["qk_norm"] == (row == "gvp")
     run("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--objective", objective, "--cfg_scale", 2)
     assert {"student.pt", "resume.pt", "student_one_step_0000002.pth", "distill.json", "distill_0000002.png",
@@ -208,18 +209,20 @@ def test_what_a_network_predicts_where_no_flag_says_so(run, images, tmp_path, mo
     def prediction(out, *flags):
         run("train_teacher", "--data", images, *SMALL[2:], "--out", tmp_path / out, *flags)
         return load_checkpoint(tmp_path / out / "teacher.pt")["config"]["prediction"]
-    monkeypatch.setitem(FAMILIES, "ve", FAMILIES["ve"]._replace(predict="velocity"))  # preconditioned ones do not ask
     assert prediction("ve", "--model", "SiT-S/8", "--iters", 1, "--interpolant", "ve", "--label_dropout", 0) == "data"
-    assert load_model(tmp_path / "ve" / "teacher.pt")[1]["null_class"] is False
+    config = load_model(tmp_path / "ve" / "teacher.pt")[1]
+    assert config["null_class"] is False and problem_of(config).edm
     assert prediction("XXS", "--model", "SiT-XXS/8", "--iters", 1, "--interpolant", "vp") == "data"
     assert prediction("XS", "--model", "SiT-XS/8", "--iters", 1) == "data"
     assert prediction("S", "--model", "SiT-S/8", "--iters", 1) == "velocity"
-    flags, path = ("--model", "SiT-XXS/8", "--interpolant", "gvp"), tmp_path / "old" / "teacher.pt"
-    assert prediction("old", *flags, "--iters", 1, "--prediction", "velocity") == "velocity"
-    state = load_checkpoint(path)
-    state["flags"]["prediction"] = None
-    save_checkpoint(path, state)
-    assert prediction("old", *flags, "--iters", 2) == "velocity"
+    for path, own, kept in (("gvp", "velocity", "velocity"), ("ve", "edm", "data")):
+        flags, file = ("--model", "SiT-XXS/8", "--interpolant", path), tmp_path / own / "teacher.pt"
+        assert prediction(own, *flags, "--iters", 1, "--prediction", own) == kept
+        state = load_checkpoint(file)
+        state["flags"]["prediction"] = None
+        save_checkpoint(file, state)
+        assert prediction(own, *flags, "--iters", 2) == kept
+        assert problem_of(load_checkpoint(file)["config"]).edm == (own == "edm")
 
 
 def test_what_a_run_says_keeps_and_puts_aside(run, images, small_teacher, tmp_path):
@@ -1002,7 +1005,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--out file/in", "--out file/in: cannot be written"), ("--out /proc/no", "--out /proc/no: cannot be written"),
         ("--interpolant cosine", ("--interpolant cosine", "linear, vp, gvp, ve, bridge")),
         ("--vae no", "--cache_latents"), ("--vae no --cache_latents x --image_size 8", "no such file"),
-        ("--prediction eps", "velocity, data, noise, score"), ("--interpolant ve --prediction noise", "precondition"),
+        ("--prediction eps", "velocity, data, noise, score"),
+        ("--interpolant ve --prediction noise", ("--prediction noise", "ve has data, edm")),
         ("--label_dropout 1.5", "--label_dropout 1.5: must be a number of at least 0 and at most 1"),
         ("--model SiT-H/2", ("--model SiT-H/2", "SiT-SIZE/PATCH")), ("--model SiT-XXS/0", "--model SiT-XXS/0"),
         ("--model SiT-XXS/3", ("does not divide", "--image_size 6")), ("--image_size 9", "patch"),
