@@ -166,11 +166,16 @@ def make_rows():
     vp = teacher("--interpolant vp")
     for seconds in (360, 600):
         rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), MORE)
+    longer = f"{FAST} --ema 0.995 0.98 --save_every 200 --keep 0"
+    at = {f"1 after {k}": f"--ckpt {{out}}/student_one_step_{k:07d}.pth" for k in range(200, 1200, 200)}
+    at = {**at, "1 after 1200": "", "10000 after 1200": "--n 10000"}
     for path in SHEET:  # how long it takes: one student, looked at on its way
-        longer = student(f"{FAST} --ema 0.995 0.98 --save_every 200 --keep 0", None, 1200, lr=None)
-        at = {f"1 after {k}": f"--ckpt {{out}}/student_one_step_{k:07d}.pth" for k in range(200, 1200, 200)}
-        rows[f"{path} student, as it learns"] = Row("growth", (teacher(f"--interpolant {path}"), longer), {
-            **at, "1 after 1200": "", "10000 after 1200": "--n 10000"})
+        rows[f"{path} student, as it learns"] = Row(
+            "growth", (teacher(f"--interpolant {path}"), student(longer, None, 1200, lr=None)), at)
+    rows["linear student by dmd, as it learns"] = Row(
+        "growth", (DATA, student(f"{longer} --objective dmd", None, 1200, lr=None)), at)
+    for seconds in (120, 360, 900):
+        rows[f"linear map, {seconds} s"] = Row("growth", (DATA, flow_map("lagrange", "", seconds)), STEPS)
 
     for name, flags in {
             "original project": "--objective cross --k_psi 5 --reuse_samples --lr 1e-5 --critic_lr 1e-5 --t_init 0.5",
@@ -416,21 +421,20 @@ def write(records, page):
 
 
 def draw_seconds(records):
-    """Score against seconds of training of what was run with several budgets, the ten best, each by the seeds that all
-    of its budgets have -> a picture or None."""
-    curves = {}  # name -> seconds -> seed -> score
+    """Score against seconds of training, the means over seeds: of students looked at as they learn, and of what was run
+    with several budgets -> a picture or None."""
+    curves = {}  # name and steps -> length -> (seconds, score) of each seed
     for r in records:
-        name, _, budget = r["row"].rpartition(", ")
-        for label, score in r["scores"].items() if r["group"] == "objectives" and budget.endswith(" s") else ():
-            curve = curves.setdefault(f"{name} ({label})", {})
-            curve.setdefault(int(budget[:-2]), {})[r["seed"]] = score["frechet"]
-    lines = {}
-    for name, curve in curves.items():
-        seeds = set.intersection(*map(set, curve.values()))  # those of every length, or lines compare teachers
-        if len(curve) > 1 and seeds:
-            lines[name] = tuple(zip(*sorted((s, statistics.mean(v[seed] for seed in seeds)) for s, v in curve.items())))
-    best = sorted(lines, key=lambda name: min(lines[name][1]))[:10]
-    return draw_curves({name: lines[name] for name in best}, "seconds of training, one core", "score") if best else None
+        name, _, how = r["row"].rpartition(", ")
+        for label, score in r["scores"].items() if r["group"] == "growth" else ():
+            (steps, _, after), last = label.partition(" after "), r["stages"][-1]
+            if how == "as it learns" and steps == "1" or re.fullmatch(r"\d+ s", how):
+                part = int(after) / last["iterations"] if after else 1
+                curve = curves.setdefault(f"{name}, {steps} step{'s' * (steps > '1')}", {})
+                curve.setdefault(after or how, []).append((part * last["cpu_seconds"], score["frechet"]))
+    lines = {name: tuple(zip(*sorted(tuple(map(statistics.mean, zip(*seeds))) for seeds in curve.values())))
+             for name, curve in curves.items() if len(curve) > 1}
+    return draw_curves(lines, "seconds of training, one core", "score") if lines else None
 
 
 def draw_best(records, out):

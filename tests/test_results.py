@@ -50,7 +50,22 @@ def test_tables_are_the_records(tmp_path):
     page = "a\n<!-- results:objectives -->\nold\n<!-- end -->\nb\n<!-- results:growth -->\n<!-- end -->\n"
     made = write(records, page)
     assert "old" not in made and "9.00" in made and "Not measured yet." in made and write(records, made) == made
-    assert draw_seconds(records).shape == (500, 800, 3) and draw_seconds(records[:3]) is None
+
+
+def test_curves_are_of_seconds(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results, "draw_curves", lambda lines, *_: drawn.append(lines))
+    assert draw_seconds([]) is None and not drawn
+    for seed in (0, 1):
+        for seconds in (120, 360):
+            put_record(tmp_path / "r", f"map, {seconds} s", "growth", seed, seconds / 10 + seed, (900, seconds + seed))
+        put_record(tmp_path / "r", "sid, as it learns", "growth", seed, 9, (900, 40 + 2 * seed))
+        path = record_path(tmp_path / "r", "sid, as it learns", seed)
+        record = json.loads(path.read_text())
+        record["scores"] = {"1 after 5": {"frechet": 8 + seed}, "1 after 10": {"frechet": 6}, "10000 after 10": {}}
+        path.write_text(json.dumps(record))
+    draw_seconds(read_records(tmp_path / "r"))
+    assert drawn == [{"map, 1 step": ((120.5, 360.5), (12.5, 36.5)), "sid, 1 step": ((20.5, 41), (8.5, 6))}]
 
 
 def test_the_sheet_shows_what_was_made(tmp_path):
