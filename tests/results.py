@@ -166,14 +166,18 @@ def make_rows():
     vp = teacher("--interpolant vp")
     for seconds in (360, 600):
         rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), MORE)
-    longer = f"{FAST} --ema 0.995 0.98 --save_every 200 --keep 0"
-    at = {f"1 after {k}": f"--ckpt {{out}}/student_one_step_{k:07d}.pth" for k in range(200, 1200, 200)}
-    at = {**at, "1 after 1200": "", "10000 after 1200": "--n 10000"}
-    for path in SHEET:  # how long it takes: one student, looked at on its way
-        rows[f"{path} student, as it learns"] = Row(
-            "growth", (teacher(f"--interpolant {path}"), student(longer, None, 1200, lr=None)), at)
-    rows["linear student by dmd, as it learns"] = Row(
-        "growth", (DATA, student(f"{longer} --objective dmd", None, 1200, lr=None)), at)
+    def learning(flags="", step=200):  # one student, looked at on its way, six times
+        own = student(f"{FAST} --ema 0.995 0.98 --save_every {step} --keep 0 {flags}", None, 6 * step, lr=None)
+        at = {f"1 after {k}": f"--ckpt {{out}}/student_one_step_{k:07d}.pth" for k in range(step, 6 * step, step)}
+        return own, {**at, f"1 after {6 * step}": "", f"10000 after {6 * step}": "--n 10000"}
+
+    for path in SHEET:
+        own, at = learning()
+        rows[f"{path} student, as it learns"] = Row("growth", (teacher(f"--interpolant {path}"), own), at)
+    for name, flags, step in (("batch 32", "--batch 32", 400), ("k_psi 2", "--k_psi 2", 150),
+                              ("dmd", "--objective dmd", 200)):
+        own, at = learning(flags, step)
+        rows[f"linear student, {name}, as it learns"] = Row("growth", (DATA, own), at)
     for seconds in (120, 360, 900):
         rows[f"linear map, {seconds} s"] = Row("growth", (DATA, flow_map("lagrange", "", seconds)), STEPS)
 
