@@ -59,10 +59,10 @@ def test_curves_are_of_seconds(tmp_path, monkeypatch):
     for seed in (0, 1):
         for seconds in (120, 360):
             put_record(tmp_path / "r", f"map, {seconds} s", "growth", seed, seconds / 10 + seed, (900, seconds + seed))
-        put_record(tmp_path / "r", "sid, as it learns", "growth", seed, 9, (900, 40 + 2 * seed))
-        path = record_path(tmp_path / "r", "sid, as it learns", seed)
+        put_record(tmp_path / "r", "sid, 10 iterations", "growth", seed, 9, (900, 40 + 2 * seed))
+        path = record_path(tmp_path / "r", "sid, 10 iterations", seed)
         record = json.loads(path.read_text())
-        record["scores"] = {"1 after 5": {"frechet": 8 + seed}, "1 after 10": {"frechet": 6}, "10000 after 10": {}}
+        record["scores"] = {"1 after 5": {"frechet": 8 + seed}, "1": {"frechet": 6}, "1 of 10000": {}}
         path.write_text(json.dumps(record))
     draw_seconds(read_records(tmp_path / "r"))
     assert drawn == [{"map, 1 step": ((120.5, 360.5), (12.5, 36.5)), "sid, 1 step": ((20.5, 41), (8.5, 6))}]
