@@ -111,8 +111,7 @@ def make_rows():
                 "predictions", (other, student("", 600, lr=None)), ONE)
     rows["linear teacher, solvers"] = Row("solvers", (DATA,), SOLVED)
     several = student(f"{FAST} --ema 0.995 --student_steps 4", None, 800, lr=None)
-    rows["linear student, 4 steps"] = Row("families", (DATA, several), {
-        **STEPS, "4 of 10000": "--n 10000"})
+    rows["linear student, 4 steps"] = Row("families", (DATA, several), {**STEPS, "4 of 10000": "--n 10000"})
     longer = student(f"{FAST} --ema 0.995", 900, lr=None)
     rows["linear student, both rates 6e-4, 900 s"] = Row("families", (DATA, longer), MORE)
     rows["linear map, then student"] = Row("families", (
