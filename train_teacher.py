@@ -143,12 +143,13 @@ def open_data(args, run):
 
 
 def choose_problem(args, state, sees_x1):
-    """What the networks of --interpolant predict: --prediction; without it as in the run that goes on, else data where
-    the network is small (docs/findings.md), else the row's."""
+    """What the networks of --interpolant predict: as in the run that goes on, else --prediction, else data where the
+    network is small (docs/findings.md), else the row's."""
     path, small = family(args.interpolant, args.gamma_scale), parse_name(args.model)[0] in ("XXS", "XS")
-    if state and not args.prediction:
+    if state:  # its flags are these; what they mean may have changed: data on ve was once EDM's
         return problem_of(state["config"])
-    chosen = args.prediction or ("data" if small else path.predict)
+    usual = path.predict if path.predict == "edm" or not path.scale_input else "data"
+    chosen = args.prediction or ("data" if small else usual)
     return Problem(path, "data" if chosen == "edm" else chosen, sees_x1, chosen == "edm")
 
 

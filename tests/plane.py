@@ -150,7 +150,7 @@ def make_row(name, args):
     """A family's cells -> their densities."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # its networks are too small for more, and a process a row is at work
-    problem = Problem(FAMILIES[name], "data", name == "bridge")
+    problem = Problem(FAMILIES[name], "data", name == "bridge", name == "ve")  # EDM's weight
     times = [min(time_of_noise_ratio(problem, ratio), 0.999) for ratio in RATIO_RANGE]
     stream = Stream(0, args.batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, times)
     shown = draw(problem, stream._replace(batch=args.n), "shown")

@@ -6,9 +6,9 @@
     python tests/results.py --pictures
 
 WORDS choose rows whose name or group contains one. A job is one row and one seed, on one thread: its stages, each a
-command as it would be typed, teachers of so many iterations, students and flow maps stopped by SIGTERM after so many
-seconds of their own CPU time, not counting what passes before they begin to train; then samples and scores. A stage
-that several rows share runs once. What is done stands in OUT (checkpoints, pictures) and, a record for each row and
+command as it would be typed, of so many iterations, or stopped by SIGTERM after so many seconds of their own CPU time,
+not counting what passes before they begin to train; then samples and scores. A stage that several rows share runs
+once. What is done stands in OUT (checkpoints, pictures) and, a record for each row and
 seed, in docs/results/; a job that was cut off begins its stage again.
 """
 import concurrent.futures
@@ -81,9 +81,9 @@ SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = (  # of the README
     "linear teacher", "linear student", "linear student, 1200 iterations", "linear student, batch 32, 2400 iterations",
-    "linear student, 4 steps", "linear map", "vp teacher", "vp student, 1200 iterations", "gvp teacher", "gvp student",
-    "gvp student, 1200 iterations", "ve teacher", "ve student, 1200 iterations", "linear velocity teacher",
-    "linear velocity student", "map lagrange, 360 s", "map for 1/1.5, then sid, 360 s")
+    "linear student, 4 steps, 800 iterations", "linear map", "vp teacher", "vp student, 1200 iterations", "gvp teacher",
+    "gvp student", "gvp student, 1200 iterations", "ve teacher", "ve student, 1200 iterations",
+    "linear velocity teacher", "linear velocity student", "map lagrange, 360 s", "map for 1/1.5, then sid, 360 s")
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; ve has no gradient for cross
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
@@ -111,7 +111,8 @@ def make_rows():
                 "predictions", (other, student("", 600, lr=None)), ONE)
     rows["linear teacher, solvers"] = Row("solvers", (DATA,), SOLVED)
     several = student(f"{FAST} --ema 0.995 --student_steps 4", None, 800, lr=None)
-    rows["linear student, 4 steps"] = Row("families", (DATA, several), {**STEPS, "4 of 10000": "--n 10000"})
+    rows["linear student, 4 steps, 800 iterations"] = Row("families", (DATA, several),
+                                                          {**STEPS, "4 of 10000": "--n 10000"})
     longer = student(f"{FAST} --ema 0.995", 900, lr=None)
     rows["linear student, both rates 6e-4, 900 s"] = Row("families", (DATA, longer), MORE)
     rows["linear map, then student"] = Row("families", (
@@ -156,8 +157,9 @@ def make_rows():
             if seconds == 360 or name in BEST:
                 rows[f"{name}, {seconds} s"] = Row("objectives", (VELOCITY, *stages), samples)
 
-    # One change each, at equal work: an iteration of 64 samples and one critic step is 10 passes, of five steps 26.
-    work = {"batch 16": 1600, "batch 32": 800, "batch 128": 200, "k_psi 2": 286, "k_psi 5": 154}
+    # One change each, at equal work (a GAN's is more): an iteration of 64 samples and one critic step is 10 passes.
+    work = {"batch 16": 1600, "batch 32": 800, "batch 128": 200, "k_psi 2": 286, "k_psi 5": 154,
+            "real_alpha 0.98 --real_beta 0.96 --data {data}": 308}
     usual = f"{FAST} --ema 0.995 0.98"
     for flags in ("", "t_init 0.5", "t_init 1", "t_min 0.005", "t_min 0.1", "t_max 0.9", "t_max 1", "weight uniform",
                   "kappa 0", "critic_lr 3e-4", "critic_lr 1.2e-3", "lr 3e-4", "k_psi 2", "k_psi 5", "batch 16",
@@ -430,7 +432,7 @@ def write(records, page):
 def draw_seconds(records):
     """Score against seconds of training, the means over seeds: of students looked at as they learn, and of what was run
     with several budgets -> a picture or None."""
-    curves = {}  # name and steps -> length -> (seconds, score) of each seed
+    curves, lines = {}, {}  # name and steps -> length -> seed -> (seconds, score)
     for r in records:
         name, _, how = r["row"].rpartition(", ")
         for label, score in r["scores"].items() if r["group"] == "growth" else ():
@@ -438,9 +440,12 @@ def draw_seconds(records):
             if how.endswith(" iterations") and steps == "1" or re.fullmatch(r"\d+ s", how):
                 part = int(after) / last["iterations"] if after else 1
                 curve = curves.setdefault(f"{name}, {steps} step{'s' * (steps > '1')}", {})
-                curve.setdefault(after or how, []).append((part * last["cpu_seconds"], score["frechet"]))
-    lines = {name: tuple(zip(*sorted(tuple(map(statistics.mean, zip(*seeds))) for seeds in curve.values())))
-             for name, curve in curves.items() if len(curve) > 1}
+                curve.setdefault(after or how, {})[r["seed"]] = part * last["cpu_seconds"], score["frechet"]
+    for name, curve in curves.items():
+        seeds = set.intersection(*map(set, curve.values()))  # those of every length, or lines compare teachers
+        points = sorted(tuple(map(statistics.mean, zip(*(at[s] for s in seeds)))) for at in curve.values() if seeds)
+        if len(points) > 1:
+            lines[name] = tuple(zip(*points))
     return draw_curves(lines, "seconds of training, one core", "score") if lines else None
 
 
@@ -485,7 +490,7 @@ def main():
     parser.add_argument("--seeds", default="0", help="such as 0,1,2")
     parser.add_argument("--jobs", type=number(int, 1), default=1, help="at once, one thread each")
     parser.add_argument("--scale", type=number(float, 0, open_low=True), default=1.0, help="of budgets and samples, "
-                        "for trying things out")
+                        "for trying things out (not of rows that are sampled on their way)")
     parser.add_argument("--list", action="store_true", help="print the rows and which seeds are done")
     parser.add_argument("--write", action="store_true", help="write the tables of docs/results.md and README.md")
     parser.add_argument("--pictures", action="store_true", help="draw assets/seconds.png, flow_map.png and "

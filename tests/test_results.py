@@ -64,6 +64,7 @@ def test_curves_are_of_seconds(tmp_path, monkeypatch):
         record = json.loads(path.read_text())
         record["scores"] = {"1 after 5": {"frechet": 8 + seed}, "1": {"frechet": 6}, "1 of 10000": {}}
         path.write_text(json.dumps(record))
+    put_record(tmp_path / "r", "map, 360 s", "growth", 2, 99)  # a seed that other lengths lack
     draw_seconds(read_records(tmp_path / "r"))
     assert drawn == [{"map, 1 step": ((120.5, 360.5), (12.5, 36.5)), "sid, 1 step": ((20.5, 41), (8.5, 6))}]
 

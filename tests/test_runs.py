@@ -180,7 +180,8 @@ PAIRS = [(FAMILY[i % len(FAMILY)], OBJECTIVE[i % len(OBJECTIVE)]) for i in range
 @pytest.mark.parametrize("row, objective", PAIRS)
 def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objective):
     """And what they leave: checkpoints, log, flags, pictures."""
-    more = {"gvp": ("--prediction", "score", "--qk_norm"), "bridge": ("--reference", "noise")}
+    more = {"gvp": ("--prediction", "score", "--qk_norm"), "bridge": ("--reference", "noise"),
+            "ve": ("--prediction", "edm")}
     tiny = (*SMALL[2:], "--iters", 3, "--save_every", 2, "--sample_every", 2, "--out", tmp_path)
     said = run("train_teacher", "--data", images, *SMALL[:2], *tiny, "--interpolant", row, *more.get(row, ()))
     assert "3/3 (100%)" in said and "left" in said
@@ -189,7 +190,7 @@ def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objec
     net, config = load_model(tmp_path / "teacher.pt")
     assert (config["network"]["num_classes"], config["interpolant"]) == (4, row)
     assert config["prediction"] == ("score" if row == "gvp" else "data")
-    assert (config["network"]["precondition"] is not None) == (row == "ve") and not problem_of(config).edm
+    assert (config["network"]["precondition"] is not None) == (row == "ve") == problem_of(config).edm
     assert config["network"]["qk_norm"] == (row == "gvp")
     run("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *tiny, "--objective", objective, "--cfg_scale", 2)
     assert {"student.pt", "resume.pt", "student_one_step_0000002.pth", "distill.json", "distill_0000002.png",
@@ -212,7 +213,9 @@ def test_what_a_network_predicts_where_no_flag_says_so(run, images, tmp_path, mo
     assert prediction("ve", "--model", "SiT-S/8", "--iters", 1, "--interpolant", "ve", "--label_dropout", 0) == "data"
     config = load_model(tmp_path / "ve" / "teacher.pt")[1]
     assert config["null_class"] is False and problem_of(config).edm
-    assert prediction("XXS", "--model", "SiT-XXS/8", "--iters", 1, "--interpolant", "vp") == "data"
+    for path in ("vp", "ve"):
+        assert prediction("XXS", "--model", "SiT-XXS/8", "--iters", 1, "--interpolant", path, "--fresh") == "data"
+        assert not problem_of(load_model(tmp_path / "XXS" / "teacher.pt")[1]).edm
     assert prediction("XS", "--model", "SiT-XS/8", "--iters", 1) == "data"
     assert prediction("S", "--model", "SiT-S/8", "--iters", 1) == "velocity"
     for path, own, kept in (("gvp", "velocity", "velocity"), ("ve", "edm", "data")):
@@ -223,6 +226,10 @@ def test_what_a_network_predicts_where_no_flag_says_so(run, images, tmp_path, mo
         save_checkpoint(file, state)
         assert prediction(own, *flags, "--iters", 2) == kept
         assert problem_of(load_checkpoint(file)["config"]).edm == (own == "edm")
+    state["flags"]["prediction"] = "data"  # once this was EDM's on ve
+    save_checkpoint(file, state)
+    assert prediction("edm", *flags, "--iters", 2, "--prediction", "data") == "data"
+    assert problem_of(load_checkpoint(file)["config"]).edm
 
 
 def test_what_a_run_says_keeps_and_puts_aside(run, images, small_teacher, tmp_path):
@@ -1007,6 +1014,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--vae no", "--cache_latents"), ("--vae no --cache_latents x --image_size 8", "no such file"),
         ("--prediction eps", "velocity, data, noise, score"),
         ("--interpolant ve --prediction noise", ("--prediction noise", "ve has data, edm")),
+        ("--prediction edm", "linear has velocity, data"),
         ("--label_dropout 1.5", "--label_dropout 1.5: must be a number of at least 0 and at most 1"),
         ("--model SiT-H/2", ("--model SiT-H/2", "SiT-SIZE/PATCH")), ("--model SiT-XXS/0", "--model SiT-XXS/0"),
         ("--model SiT-XXS/3", ("does not divide", "--image_size 6")), ("--image_size 9", "patch"),
