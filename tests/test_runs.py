@@ -25,6 +25,7 @@ from PIL import Image
 
 import common.run
 import distill
+import flow_map
 import sample
 import train_teacher
 from common.autoencoder import Autoencoder
@@ -287,10 +288,15 @@ def test_a_run_and_its_samples_in_the_precision_of_a_card(run, flags, images, tm
     """On a CPU: whatever calls a network is in autocast, or the teacher's rounded weights would not fit."""
     def autocast(device):
         return torch.autocast("cpu", torch.bfloat16)
-    for module in (common.run, distill, sample):
+    for module in (common.run, distill, flow_map, sample):
         monkeypatch.setattr(module, "precision", autocast)
     rounded = mock.Mock(side_effect=distill.round_weights)
-    monkeypatch.setattr(distill, "round_weights", rounded)
+    for module in (distill, flow_map):
+        monkeypatch.setattr(module, "round_weights", rounded)
+    run("flow_map", *flags["flow_map"], "--iters", 3, "--out", tmp_path)
+    assert rounded.call_args[0][0].blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert {v.dtype for v in load_checkpoint(tmp_path / "flow_map.pt")["model"].values()} == {torch.float32}
+    rounded.reset_mock()
     flags = (*flags["distill"], "--out", tmp_path, "--cfg_scale", 2, "--flow_weight", 1, "--flow_row", "lagrange")
     run("distill", *flags, "--data", images, "--iters", 2)
     assert rounded.call_args[0][0].blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
@@ -302,6 +308,16 @@ def test_a_run_and_its_samples_in_the_precision_of_a_card(run, flags, images, tm
     net.blocks[0].mlp.fc1.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
     sample.generate(net, config, np.arange(2), 0, range(2))
     assert made == {torch.float32} and seen == [torch.bfloat16]
+
+
+def test_students_draw_classes_as_often_as_the_data_do(run, flags, small_teacher, tmp_path, monkeypatch):
+    state, real, seen = load_checkpoint(small_teacher), distill.watch, []
+    state["config"]["class_counts"] = [9, 1, 1, 1]
+    save_checkpoint(tmp_path / "uneven.pt", state)
+    monkeypatch.setattr(distill, "watch", lambda problem, stream, *rest: seen.append(stream) or real(
+        problem, stream, *rest))
+    run("distill", *flags["distill"], "--teacher_ckpt", tmp_path / "uneven.pt", "--iters", 1, "--out", tmp_path)
+    assert seen[0].counts == [9, 1, 1, 1]
 
 
 def test_a_log_line_is_never_there_twice(run, flags, tmp_path, monkeypatch):
