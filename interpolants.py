@@ -23,7 +23,7 @@ SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv
 
 class Interpolant(NamedTuple):
     """One family. `predict` is the prediction of its networks from S on, unless told otherwise; `scale_input` asks for
-    what networks read to be brought to unit size, for rows where x_t strays far from it."""
+    what networks read to be brought to unit size, for rows where x_t strays far from it (they predict data or edm)."""
     alpha: Callable
     beta: Callable
     gamma: Callable = torch.zeros_like

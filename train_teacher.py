@@ -145,11 +145,10 @@ def open_data(args, run):
 def choose_problem(args, state, sees_x1):
     """What the networks of --interpolant predict: as in the run that goes on, else --prediction, else data where the
     network is small (docs/findings.md), else the row's."""
-    path, small = family(args.interpolant, args.gamma_scale), parse_name(args.model)[0] in ("XXS", "XS")
     if state:  # its flags are these; what they mean may have changed: data on ve was once EDM's
         return problem_of(state["config"])
-    usual = path.predict if path.predict == "edm" or not path.scale_input else "data"
-    chosen = args.prediction or ("data" if small else usual)
+    path, small = family(args.interpolant, args.gamma_scale), parse_name(args.model)[0] in ("XXS", "XS")
+    chosen = args.prediction or ("data" if small else path.predict)
     return Problem(path, "data" if chosen == "edm" else chosen, sees_x1, chosen == "edm")
 
 
@@ -211,7 +210,8 @@ def main():
     stream = Stream(args.seed, args.batch, run.part, device, (data.channels, data.side, data.side), data.num_classes,
                     (1e-3, 1 - 1e-3), data, reference)
     run.begin(step)
-    run.introduce("teacher", config, data, {"network": net}, {"average": ema})
+    what = "teacher" + " by EDM's preconditioning" * problem.edm
+    run.introduce(what, config, data, {"network": net}, {"average": ema})
 
     def save(step):
         moments = v.moments()

@@ -571,9 +571,7 @@ class Run:
         activations: weights, and of those in training a gradient and two moments."""
         sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in {**trained, **frozen}.items()}
         memory = sum(4 * size * (4 if name in trained else 1) for name, size in sizes.items()) / 2 ** 20
-        edm = any((config["network"].get("precondition") or ((), ()))[1])
-        self.say(f"{what}: {config['model']}, {config['interpolant']} path, {config['prediction']} prediction"
-                 f"{' by preconditioning' * edm}; "
+        self.say(f"{what}: {config['model']}, {config['interpolant']} path, {config['prediction']} prediction; "
                  + (data.describe() if data else f"data-free, {config['network']['num_classes']} classes"))
         self.say(", ".join(f"{name} {size / 1e6:.2f} M" for name, size in sizes.items()) + f" parameters, {memory:.0f} "
                  f"MiB before activations; {self.device}" + f" x {self.world}" * (self.world > 1))

@@ -185,7 +185,7 @@ def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objec
             "ve": ("--prediction", "edm")}
     tiny = (*SMALL[2:], "--iters", 3, "--save_every", 2, "--sample_every", 2, "--out", tmp_path)
     said = run("train_teacher", "--data", images, *SMALL[:2], *tiny, "--interpolant", row, *more.get(row, ()))
-    assert "3/3 (100%)" in said and "left" in said
+    assert "3/3 (100%)" in said and "left" in said and ("preconditioning:" in said) == (row == "ve")
     assert set(os.listdir(tmp_path)) == {"lock", "teacher.pt", "teacher.json", "log.jsonl", "samples_0000002.png",
                                          "samples_0000003.png", "curves.png"}
     net, config = load_model(tmp_path / "teacher.pt")
@@ -206,7 +206,7 @@ def test_every_row_trains_distills_and_samples(run, images, tmp_path, row, objec
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 8, 8, 1)
 
 
-def test_what_a_network_predicts_where_no_flag_says_so(run, images, tmp_path, monkeypatch):
+def test_what_a_network_predicts_where_no_flag_says_so(run, images, tmp_path):
     """Data where it is small, else the row's; a run of an earlier version goes on with what it predicts."""
     def prediction(out, *flags):
         run("train_teacher", "--data", images, *SMALL[2:], "--out", tmp_path / out, *flags)
