@@ -73,9 +73,12 @@ def test_the_sheet_shows_what_was_made(tmp_path):
     assert draw_sheet(tmp_path) is None
     (tmp_path / place_of("vp, cross", 0)).mkdir()
     np.savez(tmp_path / place_of("vp, cross", 0) / "1.npz", arr_0=np.zeros((10, 28, 28, 1), np.uint8))
+    (tmp_path / place_of("ve student, 1200 iterations", 0)).mkdir()
+    np.savez(tmp_path / place_of("ve student, 1200 iterations", 0) / "1_after_400.npz",
+             arr_0=np.zeros((10, 28, 28, 1), np.uint8))
     picture = draw_sheet(tmp_path)
     dark = np.argwhere((picture[18:, 60:] < 9).all(2))  # below and beside the captions
-    assert len(dark) == 10 * 28 * 28 and dark[:, 0].min() > picture.shape[0] / 5
+    assert len(dark) == 20 * 28 * 28 and dark[:, 0].min() > picture.shape[0] / 5
 
 
 def test_the_best_are_drawn_with_their_scores(tmp_path):
