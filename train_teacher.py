@@ -161,22 +161,16 @@ def configure(args, problem, data, reference):
                else None,
                "reference_channels": data.channels if reference and reference.kind != "unpaired" else 0}
     config = {"network": network, "model": args.model, "interpolant": args.interpolant,
-              "prediction": problem.prediction, "data": args.cache_latents or args.data}
+              "prediction": problem.prediction, "data": args.cache_latents or args.data, "flip": data.flip,
+              "pairs": args.pairs is not None, "null_class": not data.num_classes or args.label_dropout > 0,
+              "reference": reference and reference.kind, "reference_source": reference and args.reference}
     if data.classes:
         counts = np.bincount(data.labels, minlength=data.num_classes)
         config.update(classes=list(data.classes), class_counts=counts.tolist())
-    if data.num_classes and not args.label_dropout:
-        config["null_class"] = False
-    if data.flip:
-        config["flip"] = True
-    if args.pairs:
-        config["pairs"] = True
     if data.latent:
         config["latent"] = {"autoencoder": data.latent["autoencoder"], "image_size": data.latent["image_size"]}
     if args.interpolant == "bridge":
         config["gamma_scale"] = args.gamma_scale
-    if reference:
-        config.update(reference=reference.kind, reference_source=args.reference)
     return config
 
 
