@@ -27,7 +27,7 @@ from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, known
                           prediction_scale, regression_loss, solve, start_at, student_input, time_grid,
                           time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
-from sample import add_teacher_flags, column_names, is_flow_map, load_named, load_teacher, noise_levels, student_times
+from sample import add_teacher_flags, column_names, is_flow_map, load_named, load_teacher, noise_levels
 
 
 class Objective(NamedTuple):
@@ -381,7 +381,7 @@ def open_teacher(args, device):
     start = open_start(args, config, device) if args.student_ckpt else None
 
     shape = noise_levels(problem, config)
-    first = student_times(start[1])[0] if start else last_time(problem) if args.flow_weight else None
+    first = start[1]["student"]["times"][0] if start else last_time(problem) if args.flow_weight else None
     args.t_init = args.t_init or first or time_of_noise_ratio(shape, START_RATIO)
     if args.flow_weight and args.t_init > last_time(problem):
         raise UserError(f"--t_init {args.t_init:g}: with --flow_weight at most {last_time(problem):g}, where networks "

@@ -355,7 +355,7 @@ def main():
     torch.manual_seed(args.seed)
     mapped = {**config, "network": {**config["network"], "second_time": True}}
     net = build_from(mapped, teacher)
-    mapped["student"] = {"times": [args.t_max], "t_init": args.t_max, "steps": 1, "cfg_scale": args.cfg_scale,
+    mapped["student"] = {"times": [args.t_max], "steps": 1, "cfg_scale": args.cfg_scale,
                          "cfg_interval": args.cfg_interval, "flow_map": args.row}
     average, before = frozen_copy(net), frozen_copy(net) if "before" in row else None
     with precision(device):

@@ -56,10 +56,6 @@ def holds_data(config, t):
     return bool(k.alpha / k.s > 0.05)
 
 
-def student_times(config):
-    return config["student"].get("times") or [config["student"]["t_init"]]
-
-
 def is_flow_map(config):
     return bool(config.get("student", {}).get("flow_map"))
 
@@ -72,7 +68,7 @@ def load_named(flag, path, device, average=None):
         raise UserError(f"{flag} {error}") from None
     with reading(f"{flag} {path}: its configuration is unknown here"):
         problem, kind = problem_of(config), config.get("reference")
-        times = student_times(config) if "student" in config else []
+        times = config["student"]["times"] if "student" in config else []
         joined = 0 if kind in (None, "unpaired") else net.channels  # channels of x1 that the network reads
         if (problem.prediction not in PREDICTIONS or kind not in (None, "paired", "unpaired", *DEGRADATIONS)
                 or net.reference_channels != joined or not config.get("gamma_scale", 1.0) > 0
@@ -151,10 +147,10 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
             grid = time_grid(problem, sampler.steps)
             if config["student"]["flow_map"] == "progressive":  # which knows these times alone
                 grid = torch.linspace(1, 0, sampler.steps + 1, dtype=torch.float64)
-            grid = grid * student_times(config)[0] / grid[0]
+            grid = grid * config["student"]["times"][0] / grid[0]
             x0 = follow_map(problem, net, start_at(problem, b, float(grid[0])), grid, sampler.restart, draw)
         elif "student" in config:
-            times = student_times(config)
+            times = config["student"]["times"]
             steps = sampler.steps or len(times)
             times = [times[i * len(times) // steps] for i in range(steps)]  # the first always among them
             x0 = problem.data(net, student_input(problem, net, times, b, lambda _: (draw(), draw())))
@@ -255,7 +251,7 @@ def choose_sampler(args, net, config, name):
         raise UserError(f"{flag}: {name} learnt on pairs, whose noise belongs to its images: fresh noise leaves their "
                         "law; leave it out")
     if "student" in config:
-        times = student_times(config)
+        times = config["student"]["times"]
         most = len(times)
         if args.steps is not None and args.steps > most and not is_flow_map(config):
             raise UserError(f"--steps {args.steps}: {name} is a student of {most} step{'s' * (most > 1)}; take at "
@@ -373,7 +369,7 @@ def compare(args, device):
         args.cfg_scale = student_config["student"]["cfg_scale"]
         if args.cfg_interval == [0.0, 1.0]:
             args.cfg_interval = student_config["student"].get("cfg_interval", [0.0, 1.0])
-    sampler, times = choose_sampler(args, teacher, config, args.compare[0]), student_times(student_config)
+    sampler, times = choose_sampler(args, teacher, config, args.compare[0]), student_config["student"]["times"]
     starts, decode = read_starts(args, teacher, config), decoder(args.vae, config, device)
     n, panels, captions, made = len(starts.labels), [], [], []
     for net, settings, how, name in ((teacher, config, sampler, "teacher"), (
