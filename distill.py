@@ -12,7 +12,6 @@ critic make of them at one noise level).
 """
 from typing import NamedTuple, Optional
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -194,9 +193,8 @@ def watch(problem, stream, times, t, n=50):
                     for i in range(3))
     y = torch.arange(n, device=stream.device) % max(1, stream.num_classes)
     if stream.reference:
-        rows = np.random.default_rng(stream.seed).integers(len(stream.data.images), size=n)
-        x1 = to_device(stream.reference.rows(stream.data.images, rows, (stream.seed, 0, "picture")), stream.device)
-        y = stream.labels(rows)
+        rows, x1, _ = stream.pictured(n)
+        x1, y = to_device(x1, stream.device), stream.labels(rows)
     return Watched(problem, times, Batch(other, x1, z, y=y), t, stream.seed)
 
 
