@@ -302,12 +302,10 @@ def parse_flags():
         if getattr(args, knob) is None:
             setattr(args, knob, getattr(OBJECTIVES[args.objective], knob))
     args.critic_lr = args.critic_lr or 2 * args.lr
-    adversarial = args.gan_weight > 0
     check_idle(args, {**defaults, "kappa": OBJECTIVES[args.objective].kappa}, (
         ("cfg_interval", "--cfg_scale", args.cfg_scale != 1), ("kappa", "--grad full", args.grad == "full"),
         ("reuse_samples", "--k_psi above 1", args.k_psi > 1), ("flow_row", "--flow_weight", args.flow_weight > 0),
-        ("gan_critic_weight", "--gan_weight", adversarial), ("gan_lr", "--gan_weight", adversarial),
-        ("gan_from", "--gan_weight", adversarial)))
+        *((flag, "--gan_weight", args.gan_weight > 0) for flag in ("gan_critic_weight", "gan_lr", "gan_from"))))
     return args, defaults
 
 

@@ -360,11 +360,10 @@ def compare(args, device):
                                                     zip(args.compare, (None, args.average)))
     if "student" not in student_config or "student" in config:
         raise UserError("--compare TEACHER STUDENT: give the teacher's checkpoint first and the student's second")
-    for name in ("image_size", "channels", "num_classes"):
-        if config["network"][name] != student_config["network"][name]:
+    for name in ("image_size", "channels", "num_classes", "reference"):
+        one, other = ({**c, **c["network"]}.get(name) for c in (config, student_config))
+        if one != other:
             raise UserError(f"--compare TEACHER STUDENT: the two differ in {name}")
-    if config.get("reference") != student_config.get("reference"):
-        raise UserError("--compare TEACHER STUDENT: the two differ in their reference")
     if args.cfg_scale is None:
         args.cfg_scale = student_config["student"]["cfg_scale"]
         if args.cfg_interval == [0.0, 1.0]:
@@ -470,10 +469,9 @@ def main():
                     for i, image in enumerate(mine, rows.start):
                         as_pillow(image).save(out / f"{i:06d}.png")
             mine = mine if truth is not None or not folder else None  # a folder's are on the disk
-        parts = [mine]
+        parts = [mine] * world
         if world > 1:
-            parts = [None] * world if rank == 0 else None
-            dist.gather_object(mine, parts)
+            dist.gather_object(mine, parts if rank == 0 else None)
         if rank == 0:
             images += [part for part in parts if part is not None]
             tell(min(n, (turn + world) * args.batch), n)
