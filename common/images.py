@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import warnings
-import zipfile
 
 import numpy as np
 import torch
@@ -76,10 +75,8 @@ def turn_upright(image):
 def read_image(label, path, size=None):
     """Any image file -> (H,W,3) uint8, turned upright and, with size, centre-cropped and resized to a square. Grey,
     palette and CMYK are converted, 16 bits are scaled to 8. Raises UserError, which begins with label, for a broken
-    file, or one of more pixels than Pillow thinks safe."""
+    file, or one of more pixels than Pillow opens."""
     with reading(f"{label}: {path}"), Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, at most {Image.MAX_IMAGE_PIXELS} in all are read")
         image = turn_upright(image)
         if image.mode.startswith("I") or image.mode == "F":
             pixels = np.asarray(image, np.float64)
@@ -109,8 +106,6 @@ def read_npz(path, flag="--data", say=print):
     """The first of IMAGE_NAMES that is there, for a reference x1 before these -> images (N,H,W,C) uint8 and labels (N,)
     or None. Floats in [0, 1] or [-1, 1] become 0 to 255, which say tells."""
     label, names = f"{flag} {path}", (("x1", ""),) * (flag == "--reference") + IMAGE_NAMES
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{label}: not a readable .npz file")
     with reading(label):
         check_archive(path)
         with np.load(path, allow_pickle=False) as npz:

@@ -309,11 +309,11 @@ A, CONV = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}', "encoder.conv_
 PATCHES, LABEL = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
 CLAIMS = {  # file: [(content, what the line says), ...]
     "a.png": [
-        (b"P5 9500 9500 255\n", "9500x9500 pixels"), (picture(np.float32([[NAN]]), "TIFF"), "not finite")],
+        (b"P5 14000 14000 255\n", "DecompressionBombError"), (picture(np.float32([[NAN]]), "TIFF"), "not finite")],
     "a.npz": [
         (packed(ARRAYS, b"(6, 8, 8, 3), }".ljust(24), b"(1000000, 1000000, 3), }"), "memory"),
         (marked(b"x_train", 24, b"\0\0\0 "), "unpacks"), (marked(b"x_train", 32, b"\x3c"), "swallows"),
-        (marked(b"y_train", 46, b"X"), "differ"), (b"text", "readable .npz")],
+        (marked(b"y_train", 46, b"X"), "differ"), (b"text", "not a zip file")],
     "a.pt": [
         (packed(pt({"w": torch.zeros(10000)})), "unpacks to more"), (b"text", "damaged"), (b" <!DOCTYPE", "web page"),
         (marked(b"/data/0", 38, b"\x10", pt({"w": torch.ones(3)})), "folder"), (pt([1]), "not a checkpoint"),
