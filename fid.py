@@ -660,9 +660,12 @@ def sweep(args, combinations, sides, measured, ruler, rank, world):
     def open_samples(flags):
         return in_turn(lambda: open_source("SAMPLES", args.samples, flags, ruler.device))
 
+    def kept(wanted):  # anew each time: another sweep may have added its own since
+        return next((r for r in read_sweep(args.json) if settings_of(r) == wanted), {})
+
     for _, flags in combinations:  # a mistake in the last one is told before the first is measured
         check_side("SAMPLES", open_samples(flags), args)
-    records, others, notes = first_process(lambda: read_sweep(args.json)), None, []
+    others, notes = None, []
     widths = [max(len(flag), *(len(chosen[flag]) for chosen, _ in combinations)) for flag in combinations[0][0]]
     widths += [24 if metric in ("is", "kid") else 12 for metric in args.metrics]
 
@@ -673,22 +676,19 @@ def sweep(args, combinations, sides, measured, ruler, rank, world):
     for chosen, flags in combinations:
         sides = {**sides, "SAMPLES": open_samples(flags)}
         wanted = settings_of({**describe_sides(args, sides), "weights_sha256": ruler.sha256, "resize": ruler.resize})
-        record = from_first(next((r for r in records or () if settings_of(r) == wanted and r.keys() >= {*args.metrics}),
-                                 None))
-        if record is None:
+        record = from_first(first_process(lambda: kept(wanted)))
+        if not record.keys() >= {*args.metrics}:
             if others is None:
                 others = {role: measured(role, side) for role, side in sides.items() if role != "SAMPLES"}
             results = {"SAMPLES": measured("SAMPLES", sides["SAMPLES"]), **others}
 
             def finish():
                 found = conclude(args, sides, results, ruler, world)
-                with locked(pathlib.Path(args.json).parent):  # another sweep may have added its own since
-                    records[:] = read_sweep(args.json)
-                    known = next((r for r in records if settings_of(r) == wanted), {})  # other metrics of the same
-                    records[:] = [*(r for r in records if settings_of(r) != wanted),
-                                  {**known, "flags": chosen, **found}]
-                    save_json(args.json, {"sweep": records})
-                return records[-1]
+                with locked(pathlib.Path(args.json).parent):
+                    mine = {**kept(wanted), "flags": chosen, **found}  # and other metrics of the same
+                    rest = [r for r in read_sweep(args.json) if settings_of(r) != wanted]
+                    save_json(args.json, {"sweep": [*rest, mine]})
+                return mine
             record = first_process(finish)
         if rank == 0:
             cells = [describe(metric, record, sides) for metric in args.metrics]
