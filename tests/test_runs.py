@@ -57,13 +57,6 @@ def shell(*words, **options):
                           **{"cwd": ROOT, "env": ENVIRONMENT, **options})
 
 
-def until(happened, seconds=60):
-    deadline = time.time() + seconds
-    while not happened():
-        assert time.time() < deadline, "it never came"
-        time.sleep(0.005)
-
-
 @functools.cache
 def nursery():
     """Runs are forked from a process that has imported everything: a life costs a tenth of a second, not three."""
@@ -99,8 +92,11 @@ class Life:
     def said(self):
         return self.out.read_text()
 
-    def until(self, words):
-        until(lambda: words in self.said())
+    def until(self, words, seconds=60):
+        deadline = time.time() + seconds
+        while words not in self.said():
+            assert time.time() < deadline, "it never came"
+            time.sleep(0.005)
         return self
 
     def kill(self, number, rank=0):
@@ -671,26 +667,22 @@ def test_two_processes_sample_the_same_file(small_teacher, tmp_path, out):
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
-def lose(folder, flags, job, rank, number):
-    """Process `rank` is lost: the other one ends soon, and the same command, --fresh as it was, goes on from the last
-    checkpoint as if nothing had been, once torchrun has restarted it."""
-    flags, struck = (*flags, "--save_every", 5, "--fresh", "--out"), functools.partial(strike, number, 7, rank)
-    life = Life(folder, job, *flags, folder / "cut", "--iters", 100000, "--timeout", 5, world=2, change=struck)
+@unix
+@pytest.mark.parametrize("job, rank, number", [
+    ("train_teacher", 0, signal.SIGKILL), pytest.param("distill", 1, signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_process_that_dies_or_hangs_ends_the_run_and_a_restart_goes_on(flags, tmp_path, job, rank, number):
+    """The other one ends soon, and the same command, --fresh as it was, goes on from the last checkpoint as if nothing
+    had been, once torchrun has restarted it."""
+    flags, struck = (*flags[job], "--save_every", 5, "--fresh", "--out"), functools.partial(strike, number, 7, rank)
+    life = Life(tmp_path, job, *flags, tmp_path / "cut", "--iters", 100000, "--timeout", 5, world=2, change=struck)
     life.processes[1 - rank].join(60)
     life.processes[rank].kill()
     said = life.end(*((-9, 1) if rank == 0 else (1, -9)))
     assert "Traceback" in said and "going on" not in said
     for out, restarts in (("cut", "1"), ("whole", "0")):
-        said = Life(folder, job, *flags, folder / out, "--iters", 9, world=2, TORCHELASTIC_RESTART_COUNT=restarts).end()
-        assert ("going on from iteration 5 " in said) == (out == "cut")
-    check_same_end(job, folder / "whole", folder / "cut")
-
-
-@unix
-@pytest.mark.parametrize("job, rank, number", [
-    ("train_teacher", 0, signal.SIGKILL), pytest.param("distill", 1, signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_a_process_that_dies_or_hangs_ends_the_run_and_a_restart_goes_on(flags, tmp_path, job, rank, number):
-    lose(tmp_path, flags[job], job, rank, number)
+        life = Life(tmp_path, job, *flags, tmp_path / out, "--iters", 9, world=2, TORCHELASTIC_RESTART_COUNT=restarts)
+        assert ("going on from iteration 5 " in life.end()) == (out == "cut")
+    check_same_end(job, tmp_path / "whole", tmp_path / "cut")
 
 
 def under_torchrun(folder, options, change, job, *flags):
