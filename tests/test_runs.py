@@ -1,6 +1,5 @@
 """Whole runs at tiny sizes: what they leave, go on from and survive, in one process and in several; what is refused."""
 import argparse
-import concurrent.futures
 import contextlib
 import functools
 import importlib
@@ -354,14 +353,17 @@ def test_four_iterations_are_two_and_two(run, flags, tmp_path, job):
     assert not [*tmp_path.rglob("*.png")]  # --sample_every 0
 
 
-def kill_and_go_on(folder, flags, job, kills):
+@unix
+@pytest.mark.slow
+@JOBS
+def test_killed_at_random_moments(flags, tmp_path, job, kills=6):
     """SIGKILL again and again: each life goes on from the last complete checkpoint, and the end is that of an
     undisturbed run, bit for bit."""
-    rng, file, done, iters = np.random.default_rng(kills), folder / "cut" / FILES[job], 0, 12 + 7 * kills
+    rng, file, done, iters = np.random.default_rng(kills), tmp_path / "cut" / FILES[job], 0, 12 + 7 * kills
     flags = (*flags[job], *CHEAP[job], "--iters", iters, "--save_every", 2, "--out")
-    Life(folder, job, *flags, folder / "whole").end()
+    Life(tmp_path, job, *flags, tmp_path / "whole").end()
     for i in range(kills):
-        life, more = Life(folder, job, *flags, folder / "cut"), int(rng.integers(6)) if i else 4
+        life, more = Life(tmp_path, job, *flags, tmp_path / "cut"), int(rng.integers(6)) if i else 4
         if more:  # the others are killed while they start
             life.until(f" {done + more}/{iters} ")
         time.sleep(rng.uniform(0, 0.1 if more else 0.4))
@@ -370,17 +372,8 @@ def kill_and_go_on(folder, flags, job, kills):
         step = load_checkpoint(file)["step"] if file.exists() else 0
         assert step >= max(done, (done + more - 1) // 2 * 2) and step % 2 == 0
         done = step
-    assert f"going on from iteration {done} " in Life(folder, job, *flags, folder / "cut").end()
-    check_same_end(job, folder / "whole", folder / "cut")
-
-
-@unix
-@pytest.mark.slow
-def test_killed_at_random_moments(flags, tmp_path_factory, kills=6):
-    with concurrent.futures.ThreadPoolExecutor() as both:
-        for done in [both.submit(kill_and_go_on, tmp_path_factory.mktemp(job), flags, job, kills)
-                     for job in ("train_teacher", "distill")]:
-            done.result()
+    assert f"going on from iteration {done} " in Life(tmp_path, job, *flags, tmp_path / "cut").end()
+    check_same_end(job, tmp_path / "whole", tmp_path / "cut")
 
 
 @unix
