@@ -353,8 +353,8 @@ class Sampler(NamedTuple):
     restart: float = 0.0
 
 
-def time_grid(problem, steps, end=1e-3):
-    """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 1 - end where the prediction says nothing
+def time_grid(problem, steps):
+    """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 0.999 where the prediction says nothing
     of the velocity or the data at t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no
     solver evaluates the network. Bridges whose networks see x1 get sin^2(pi u / 2), u uniform: gamma' is infinite at
     both ends in t, but not in u."""
@@ -364,7 +364,7 @@ def time_grid(problem, steps, end=1e-3):
     b = Batch(x1=one, t=one[0], x_t=2 * one)
     v, x0 = (convert(problem, one, name, b).abs() for name in ("velocity", "data"))  # 1e16 on gvp: its cos is not 0
     regular = bool(((v < 1e6) & (x0 < 1e6) & known(problem, b.t).ds.isfinite()).all())
-    start = 1.0 if regular else 1 - end
+    start = 1.0 if regular else 1 - 1e-3
     if problem.sees_x1:
         u = torch.linspace(2 / math.pi * math.asin(start ** 0.5), 0, int(steps) + 1, dtype=torch.float64)
         return (math.pi / 2 * u).sin() ** 2

@@ -117,8 +117,9 @@ def open_data(args, run):
     if args.pairs:
         return in_turn(lambda: load_pairs(args.pairs, args.interpolant, run.say)), None, None
     autoencoder, sha256 = load_autoencoder(args.vae, run.device) if args.vae else (None, None)
+    _, patch = parse_name(args.model)
     if args.cache_latents:
-        whole = autoencoder.factor * parse_name(args.model)[1]
+        whole = autoencoder.factor * patch
         if args.image_size % whole:
             raise UserError(f"--image_size {args.image_size}: not a multiple of {whole}, by which --vae and the "
                             f"patches of --model {args.model} reduce it")
@@ -127,7 +128,7 @@ def open_data(args, run):
         data = in_turn(lambda: load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken,
                                            run.say))
     data = data.without_labels() if args.unconditional else data
-    data, patch = data._replace(flip=args.flip and not data.latent), parse_name(args.model)[1]
+    data = data._replace(flip=args.flip and not data.latent)
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
     if data.side % patch:
         raise UserError(f"--model {args.model}: its patch does not divide the {data.side}x{data.side} "
@@ -243,11 +244,9 @@ def draw_picture(path, net, config, stream, autoencoder):
         images = generate(net, config, y, stream.seed, rows, Sampler(25), x1)
         rows = [x1, images, stream.data.images[rows]]
         return save_picture(path, stack_rows(rows, 640, ("from", "sample", "data")))
-    classes = stream.num_classes
-    n = 10 * (classes if 0 < classes <= 10 else 10)
-    y = choose_labels("balanced", n, config)
-    images = generate(net, config, y, stream.seed, range(n), Sampler(25),
-                      decode=autoencoder.decode if autoencoder else None)
+    n = 10 * (stream.num_classes if 0 < stream.num_classes <= 10 else 10)
+    y, decode = choose_labels("balanced", n, config), autoencoder and autoencoder.decode
+    images = generate(net, config, y, stream.seed, range(n), Sampler(25), decode=decode)
     return save_picture(path, stack_rows(np.split(images, 10), 640, (), column_names(config, y[:n // 10])))
 
 

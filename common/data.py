@@ -222,8 +222,8 @@ def decode_folder(folder, listed, size, cache, say):
     if not kept:
         part.unlink()
         raise UserError(f"--data {folder}: none of its {len(files)} images can be read")
-    cropped, resized = (sum(test(*h) for h in headers) for test in (
-        lambda width, height, _: width != height, lambda width, height, _: min(width, height) != size))
+    cropped = sum(width != height for width, height, _ in headers)
+    resized = sum(min(width, height) != size for width, height, _ in headers)
     record = {"labels": kept, "classes": classes, "source": str(folder), "broken": broken, "changed":
               f"{len(kept)} images, {cropped} cropped to their centre, {resized} resized to {size}x{size}, "
               + ("all grey: one channel" if channels == 1 else "three channels")}
