@@ -13,7 +13,6 @@ import pathlib
 import re
 import sys
 import time
-from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -298,24 +297,16 @@ def check_output(out, n):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-class Starts(NamedTuple):
-    """What samples start from: their labels (n,) int64 and, on bridges, x1 (n,H,W,C) uint8 and the truth where it is
-    known."""
-    labels: np.ndarray
-    x1: Optional[np.ndarray] = None
-    truth: Optional[np.ndarray] = None
-
-
 def read_starts(args, net, config):
-    """--n and --labels, or the images of --reference, with --truth or --degrade, for the checkpoint that is named
-    first."""
+    """--n and --labels, or the images of --reference, with --truth or --degrade, for the checkpoint that is named first
+    -> labels (n,) int64 and, on bridges, x1 (n,H,W,C) uint8 and the truth where it is known."""
     kind, name = config.get("reference"), args.ckpt or args.compare[0]
     if not kind:
         for flag in ("reference", "truth", "degrade"):
             if getattr(args, flag):
                 raise UserError(f"--{flag} {getattr(args, flag)}: {name} starts from noise, leave it out")
         n = args.n or (100 if args.compare else 64)
-        return Starts(choose_labels(args.labels or "balanced", n, config, args.seed))
+        return choose_labels(args.labels or "balanced", n, config, args.seed), None, None
     if not args.reference:
         raise UserError(f"--reference is missing: {name} is a bridge ({kind}) and needs images to start from: "
                         "--reference FILE_OR_FOLDER")
@@ -350,7 +341,7 @@ def read_starts(args, net, config):
     else:
         names = read_names(f"--reference {args.reference}", args.reference)  # of a file by sample.py
         labels = find_classes(f"--reference {args.reference}", [names[y] for y in labels] if names else labels, config)
-    return Starts(labels[:n].astype(np.int64), degrade(kind, truth, args.seed) if args.degrade else x1, truth)
+    return labels[:n].astype(np.int64), degrade(kind, truth, args.seed) if args.degrade else x1, truth
 
 
 def compare(args, device):
@@ -369,14 +360,13 @@ def compare(args, device):
         if args.cfg_interval == [0.0, 1.0]:
             args.cfg_interval = student_config["student"].get("cfg_interval", [0.0, 1.0])
     sampler, times = choose_sampler(args, teacher, config, args.compare[0]), student_config["student"]["times"]
-    starts, decode = read_starts(args, teacher, config), decoder(args.vae, config, device)
-    n, panels, captions, made = len(starts.labels), [], [], []
+    (labels, x1, truth), decode = read_starts(args, teacher, config), decoder(args.vae, config, device)
+    n, panels, captions, made = len(labels), [], [], []
     for net, settings, how, name in ((teacher, config, sampler, "teacher"), (
             student, student_config, Sampler(len(times)), "one-step student" if len(times) == 1 else "student")):
         def take(rows, how):
-            x1 = None if starts.x1 is None else starts.x1[rows]
-            indices = range(rows.start, rows.stop)
-            return generate(net, settings, starts.labels[rows], args.seed, indices, how, x1, decode)
+            return generate(net, settings, labels[rows], args.seed, range(rows.start, rows.stop), how,
+                            None if x1 is None else x1[rows], decode)
         take(slice(0, 1), how._replace(steps=1))  # the first call is slow for its own reasons
         began = time.perf_counter()
         made.append(np.concatenate([take(slice(i, min(i + args.batch, n)), how) for i in range(0, n, args.batch)]))
@@ -385,12 +375,12 @@ def compare(args, device):
         guidance = f", guidance {how.cfg_scale:g}" if how.cfg_scale != 1 else ""
         captions.append([f"{name}: {how.steps} step{'s' * (how.steps > 1)}{guidance}",
                          f"{1000 * elapsed / n:.3g} ms an image"])
-        fidelity = "" if starts.truth is None else f", PSNR {psnr(made[-1], starts.truth):.2f} dB"
+        fidelity = "" if truth is None else f", PSNR {psnr(made[-1], truth):.2f} dB"
         print(f"{name}: {n} images, {how.steps} steps, {elapsed:.2f} s{fidelity}")
-    if starts.x1 is not None:
-        rows = [starts.x1, *made] + ([] if starts.truth is None else [starts.truth])
+    if x1 is not None:
+        rows = [x1, *made] + ([] if truth is None else [truth])
         legend = f"rows: input, teacher ({sampler.steps} steps), student ({len(times)})"
-        panels, captions = [stack_rows(rows, 840)], [[legend + ", truth" * (starts.truth is not None)]]
+        panels, captions = [stack_rows(rows, 840)], [[legend + ", truth" * (truth is not None)]]
     save_picture(args.out, side_by_side(panels, captions))
     print(f"wrote {args.out}")
 

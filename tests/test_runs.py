@@ -958,8 +958,8 @@ def test_compare_draws_both(run, checkpoints, tmp_path, monkeypatch):
 # Mistakes
 
 SEEN = {"interpolant": "bridge", "prediction": "data", "reference": "inpaint"}
-STUDENT = {"student": {"t_init": 0.7, "times": [0.7], "steps": 1, "cfg_scale": 2.0, "cfg_interval": [0.2, 0.8]}}
-MAP = {"student": {**STUDENT["student"], "flow_map": "lagrange", "t_init": 1.0, "times": [1.0]}}
+STUDENT = {"student": {"times": [0.7], "steps": 1, "cfg_scale": 2.0, "cfg_interval": [0.2, 0.8]}}
+MAP = {"student": {**STUDENT["student"], "flow_map": "lagrange", "times": [1.0]}}
 
 
 @pytest.fixture(scope="session")
