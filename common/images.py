@@ -298,15 +298,15 @@ def draw_curves(series, x_label, y_label, log=("x", "y"), size=(800, 500)):
 
 
 def save_curves(out):
-    """OUT/log.jsonl -> OUT/curves.png: for each job its losses, what it makes (D2, spread), and its gradients' norms
-    against iterations."""
+    """OUT/log.jsonl -> OUT/curves.png: a row for each job, of its losses, its gradients' norms and what it makes (D2,
+    spread), against iterations."""
     try:
         lines = [json.loads(line) for line in pathlib.Path(out, "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return
-    hidden, rows = {"step", "seconds", "images_per_second", "memory_mib", "skipped", "data_wait", "D2_first"}, []
+    hidden, panels = {"step", "seconds", "images_per_second", "memory_mib", "skipped", "data_wait", "D2_first"}, []
     for job in dict.fromkeys(line["job"] for line in lines):
-        mine, panels = [line for line in lines if line["job"] == job], []
+        mine = [line for line in lines if line["job"] == job]
         names = [k for k in dict.fromkeys(k for line in mine for k in line) if k not in hidden]
         for title, fits in (("losses", lambda k: "loss" in k), ("norms of gradients", lambda k: k.endswith("_norm")),
                             ("what it makes", lambda k: "loss" not in k and not k.endswith("_norm"))):
@@ -315,12 +315,10 @@ def save_curves(out):
             curves = {k: xy for k, xy in curves.items() if xy}
             values = [v for _, ys in curves.values() for v in ys]
             wide = values and min(values) > 0 and max(values) > 10 * min(values)
-            if curves:
-                panels.append(draw_curves(curves, "iteration", f"{job}: {title}", ("y",) if wide else (), (560, 300)))
-        rows.append(np.concatenate(panels, 1) if panels else np.full((1, 1, 3), 255, np.uint8))
-    width = max((row.shape[1] for row in rows), default=1)
-    save_picture(pathlib.Path(out, "curves.png"), np.concatenate([np.full((1, width, 3), 255, np.uint8)] + [
-        np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]))
+            panels.append(draw_curves(curves, "iteration", f"{job}: {title}", ("y",) if wide else (), (560, 300))
+                          if curves else np.full((300, 560, 3), 255, np.uint8))
+    if panels:
+        save_picture(pathlib.Path(out, "curves.png"), grid(np.stack(panels), 3, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
