@@ -54,7 +54,7 @@ from common.data import draw_digits, load_images
 from common.files import save_checkpoint
 from common.images import degrade, to_device, to_uint8
 from common.run import frozen, peak_memory, precision, put_in_training, start_processes
-from interpolants import (FAMILIES, Batch, Problem, Sampler, ddim, interpolate, regression_loss, start_at, time_grid,
+from interpolants import (FAMILIES, Batch, Problem, Sampler, ddim, regression_loss, start_at, time_grid,
                           time_of_noise_ratio)
 from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, load_model, parse_name, round_weights
 from sample import choose_labels, first_noise, generate, problem_of
@@ -262,12 +262,12 @@ def limit(args):
     y, x1 = torch.as_tensor(choose_labels("balanced", n, config)), first_noise(net, config, 1, range(n))
     for mu, steps in ((0.3, 1), (0.3, 2), (0.3, 4), (0.1, 1)):
         grid, found = time_grid(problem, steps).tolist(), []
-        times = grid[:1] + [time for t, r in zip(grid, grid[1:]) for time in unroll(t, r, mu)]
+        times = grid[:1] + [s for t, r in zip(grid, grid[1:]) for s in unroll(t, r, mu)]
         for rows in torch.arange(n).split(batch):
             b = start_at(problem, Batch(x1=x1[rows], z=x1[rows], y=y[rows]), times[0])
-            for time in times[1:]:
-                time = torch.full_like(b.t, time)
-                b = b._replace(x_t=ddim(problem, problem.data(net, b), b, time), t=time)
+            for r in times[1:]:
+                r = torch.full_like(b.t, r)
+                b = b._replace(x_t=ddim(problem, problem.data(net, b), b, r), t=r)
             found.append(to_uint8(b.x_t))
         path = pathlib.Path(args.ckpt).with_name(f"limit_{mu:g}_{steps}.npz")
         np.savez(path, images=np.concatenate(found), labels=y.numpy())
@@ -284,10 +284,10 @@ def errors(args):
     y = y if net.num_classes else 0 * y
     b = Batch(x0=x0, x1=torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), y=y)
     for ratio in (0.1, 0.3, 1.0, 2.5, 10.0, 50.0):
-        t = torch.full(y.shape, time_of_noise_ratio(problem, ratio))
-        squares = [(problem.data(net, part._replace(x_t=interpolate(problem.path, part.x0, part.x1, part.t)[0]))
-                    - part.x0).square().flatten() for part in
-                   (b._replace(t=t).rows(rows) for rows in torch.arange(len(y)).split(args.batch))]
+        t, squares = torch.full(y.shape, time_of_noise_ratio(problem, ratio)), []
+        for rows in torch.arange(len(y)).split(args.batch):
+            part, _ = problem.noised(b._replace(t=t).rows(rows))
+            squares.append((problem.data(net, part) - part.x0).square().flatten())
         print(f"s/alpha {ratio:g}, t = {t[0]:.3f}: {torch.cat(squares).mean().sqrt():.3f}", flush=True)
 
 
