@@ -17,11 +17,9 @@ from common.data import Images, Reference, Stream, batch_indices, draw_digits, l
 from common.images import image_files, read_image, read_images, read_npz, resize_images, to_device, to_uint8
 from common.run import draw_noise
 from conftest import SMALL
-from interpolants import Batch
 from model import load_model
 from sample import choose_labels
 from test_files import draw, refused
-from train_teacher import draw_batch
 
 CPU = torch.device("cpu")
 
@@ -309,12 +307,6 @@ def test_labels_are_drawn_as_often_as_they_are_in_the_data():
     assert list(choose_labels("fox, cat,1", 4, config)) == [2, 0, 1, 2]
     assert list(choose_labels("data", 4, {**config, "class_counts": [2, 2, 2]})) == [0, 1, 2, 0]
     refused(choose_labels, "cow", 1, config, says="no class cow, only cat, dog, fox")
-
-
-def test_antithetic_rows_have_one_image_and_opposite_noise():
-    stream, x = Stream(0, 4, slice(4), CPU, (1, 2, 2), 3, (0.1, 0.9)), torch.randn(2, 1, 2, 2).repeat_interleave(2, 0)
-    b = draw_batch(stream, 0, Batch(x0=x, x1=x, y=torch.tensor([0, 0, 1, 1])), 0.0, True)
-    assert torch.equal(b.z[::2], -b.z[1::2]) and torch.equal(b.t[::2], b.t[1::2])
 
 
 def test_labels_of_a_pair_and_names_of_classes(run, script):
