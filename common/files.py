@@ -273,16 +273,13 @@ def download(url, path, sha256, size):
 def locked(folder):
     """The folder, made, and other processes kept out of here: the lock is the system's, none is left by a crash."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = None
-    with contextlib.suppress(ImportError, OSError):  # Windows, and some network file systems, have no such locks
-        import fcntl
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # Windows, and some network file systems, have no such locks
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def find_fault(path, sha256, size):
