@@ -521,12 +521,10 @@ class Run:
             return None  # that of the run before: the first attempt did not come to put it aside
         changed = {flag: (getattr(args, flag, None), was) for flag, was in {**self.defaults, **state["flags"]}.items()
                    if flag not in FREE_FLAGS and getattr(args, flag, was and None) != was}  # or gone since, and unused
-        mixed = [f"--{flag} {now}: {path} was made with --{flag} {str(was)[:200]}"
-                 for flag, (now, was) in changed.items() if flag not in TUNED_FLAGS]
-        if mixed:
-            also = ", ".join(line.split(":")[0] for line in mixed[1:])
-            raise UserError(mixed[0] + f" (other too: {also})" * bool(also) + "; repeat its flags, choose another "
-                            "--out, or start over with --fresh")
+        if mixed := changed.keys() - TUNED_FLAGS:
+            now, was = (" ".join(f"--{flag} {str(changed[flag][i])[:200]}" for flag in sorted(mixed)) for i in (0, 1))
+            raise UserError(f"{now}: {path} was made with {was}; repeat its flags, choose another --out, or start over "
+                            "with --fresh")
         if state["step"] > args.iters:
             raise UserError(f"--iters {args.iters}: {path} is at iteration {state['step']} already")
         for flag, (now, was) in changed.items():

@@ -426,7 +426,7 @@ def test_rates_may_change_on_the_way_and_nothing_else(run, refused, flags, tmp_p
     for flag in (*mixing[job], "--batch 8"):
         line = refused(job, *flags, 4, *flag.split(), says=(FILES[job], "choose another --out", "--fresh"))
         assert flag in line.replace("[", ""), line
-    refused(job, *flags, 4, "--batch", 8, "--seed", 1, says=("--batch 8", "other too: --seed 1"))
+    refused(job, *flags, 4, "--batch", 8, "--seed", 1, says=("--batch 8 --seed 1: ", "made with --batch 4 --seed 0;"))
     refused(job, *flags, 1, says=("--iters 1", "at iteration 2 already"))
     state = load_checkpoint(tmp_path / FILES[job])
     del state["flags"]["batch"]  # of a version without the flag, which had its default
