@@ -244,14 +244,13 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8
 
 def ticks(low, high, log):
     """Round numbers from low to high: 1, 2, 5 times powers of ten on a log axis (powers alone where there are many)."""
-    step = 10.0 ** math.floor(math.log10(max(high if log else high - low, 1e-12)))
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [m * 10.0 ** k for k in powers for m in ((1, 2, 5) if len(powers) < 5 else (1,))]
-    else:
-        step *= next(m for m in (0.1, 0.2, 0.5, 1) if (high - low) / (m * step) <= 8 or m == 1)
-        found = [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
-    return [v for v in found if low * (1 - 1e-9) <= v <= high * (1 + 1e-9) or (not log and low <= v <= high)]
+        return [v for v in found if low <= v <= high]
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step *= next((m for m in (0.1, 0.2, 0.5) if high - low <= 8 * m * step), 1)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def draw_curves(series, x_label, y_label, log=("x", "y"), size=(800, 500)):
