@@ -455,17 +455,23 @@ def draw_seconds(records):
     return draw_curves(lines, "seconds of training, one core", "score") if lines else None
 
 
+def draw_made(out, name, label, n, columns):
+    """The first n samples of this row, seed 0 -> a picture, None where they were not made."""
+    path = out / place_of(name, 0) / f"{label}.npz"
+    if path.exists():
+        with np.load(path) as npz:
+            return grid(npz["arr_0"][:n], columns, 1)
+
+
 def draw_best(records, out):
     """The same sixty samples by `sid`, `lagrange` and one after the other, seed 0, where they were made -> a picture or
     None."""
     panels, captions = [], []
     for name, label in PANELS:
-        path = out / place_of(name, 0) / f"{label}.npz"
+        panels.append(draw_made(out, name, label, 60, 10))
         record = [r for r in records if (r["row"], r["seed"]) == (name, 0)]
-        if not path.exists() or not record:
+        if panels[-1] is None or not record:
             return None
-        with np.load(path) as npz:
-            panels.append(grid(npz["arr_0"][:60], 10, 1))
         captions.append([name, f"{label} step{'s' * (label > '1')}: {record[0]['scores'][label]['frechet']:.1f}"])
     return side_by_side(panels, captions)
 
@@ -473,14 +479,8 @@ def draw_best(records, out):
 def draw_sheet(out):
     """The contact sheet: ten samples of each family (rows) and objective (columns) at equal budget, where they were
     made -> a picture or None."""
-    def cell(path, name):
-        learning = place_of(f"{path} student, 1200 iterations", 0), "1_after_400.npz"
-        folder, file = learning if name == "sid" else (place_of(f"{path}, {name}", 0), "1.npz")
-        if not (out / folder / file).exists():
-            return None
-        with np.load(out / folder / file) as npz:
-            return grid(npz["arr_0"][:10], 5, 1)
-    cells = [[cell(path, name) for name in OBJECTIVES] for path in SHEET]
+    cells = [[draw_made(out, f"{path} student, 1200 iterations", "1_after_400", 10, 5) if name == "sid" else
+              draw_made(out, f"{path}, {name}", "1", 10, 5) for name in OBJECTIVES] for path in SHEET]
     made = [one for row in cells for one in row if one is not None]
     if not made:
         return None
