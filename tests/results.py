@@ -166,8 +166,8 @@ def make_rows():
             "real_alpha 0.98 --real_beta 0.96 --data {data}": 308}
     usual = f"{FAST} 0.98"
     for flags in ("t_init 0.5", "t_init 1", "t_min 0.005", "t_min 0.1", "t_max 0.9", "t_max 1", "weight uniform",
-                  "kappa 0", "kappa -0.8", "critic_lr 3e-4", "critic_lr 1.2e-3", "lr 3e-4", "k_psi 2", "k_psi 5", "batch 16",
-                  "batch 32", "batch 128", "gan_weight 3e-3 --data {data}", "gan_weight 1e-2 --data {data}",
+                  "kappa 0", "kappa -0.8", "critic_lr 3e-4", "critic_lr 1.2e-3", "lr 3e-4", "k_psi 2", "k_psi 5",
+                  "batch 16", "batch 32", "batch 128", "gan_weight 3e-3 --data {data}", "gan_weight 1e-2 --data {data}",
                   "real_alpha 0.98 --real_beta 0.96 --data {data}"):
         own = student(f"{usual} --{flags}", None, work.get(flags, 400), lr=None)
         rows[f"student --{flags}".replace(" --data {data}", "")] = Row(
@@ -197,8 +197,8 @@ def make_rows():
             "RealUID": (98, "--objective gap --data {data} --real_alpha 0.98 --real_beta 0.96 --k_psi 5 --lr 3e-5 "
                             "--critic_lr 3e-5 --warmup 500 --clip 1 --t_init 1"),  # its cifar10-cond-distil
             "SiD": (400, "--objective sid --lr 1e-5 --critic_lr 1e-5"),
-            "DMD2": (100, "--objective dmd --data {data} --gan_weight 3e-3 --gan_critic_weight 1e-2 --k_psi 5 --lr 2e-6 "
-                          "--critic_lr 2e-6 --t_init 0.988"),
+            "DMD2": (100, "--objective dmd --data {data} --gan_weight 3e-3 --gan_critic_weight 1e-2 --k_psi 5 "
+                          "--lr 2e-6 --critic_lr 2e-6 --t_init 0.988"),
     }.items():
         rows[f"as published: {name}"] = Row("recipes", (DATA, student(flags, None, iters, lr=None)), ONE)
     rows["as published: MeanFlow"] = Row("recipes", (DATA, flow_map("meanflow", "--lr 1e-4", None, 1290)), STEPS)
