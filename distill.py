@@ -26,7 +26,8 @@ from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, known
                           prediction_scale, regression_loss, solve, start_at, student_input, time_grid,
                           time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
-from sample import add_teacher_flags, column_names, is_flow_map, load_named, load_teacher, noise_levels
+from sample import (add_teacher_flags, column_names, holds_data, is_flow_map, load_named, load_teacher,
+                    noise_levels)
 
 
 class Objective(NamedTuple):
@@ -263,7 +264,7 @@ def parse_flags():
         "in the student's loss (with --cfg_scale: SiD's long and short guidance)")
     add = parser.group("student and critic")
     add("--t_init", type=number(float, 0, 1, open_low=True), default=None, help=f"time at which the student starts "
-        f"(where s/alpha = {START_RATIO}: 0.714 on the linear path)")
+        f"(where s/alpha = {START_RATIO}: 0.714 on the linear path; a flow map's own)")
     add("--student_steps", type=number(int, 1), default=1, help="steps K of the student: it maps x_t at K times, "
         "evenly from --t_init down to --t_init / K, to data, and is re-noised in between")
     add("--k_psi", type=number(int, 1), default=1, help="critic steps an iteration")
@@ -379,9 +380,9 @@ def open_teacher(args, device):
     shape = noise_levels(problem, config)
     first = start[1]["student"]["times"][0] if start else last_time(problem) if args.flow_weight else None
     args.t_init = args.t_init or first or time_of_noise_ratio(shape, START_RATIO)
-    if args.flow_weight and args.t_init > last_time(problem):
-        raise UserError(f"--t_init {args.t_init:g}: with --flow_weight at most {last_time(problem):g}, where networks "
-                        "on this path end")
+    if args.flow_weight and (args.t_init > last_time(problem) or holds_data(config, args.t_init)):
+        raise UserError(f"--t_init {args.t_init:g}: with --flow_weight the student is a flow map, which starts from "
+                        f"noise alone; give {last_time(problem):g}, where networks on this path end, or little less")
     if first and args.student_steps > 1:
         raise UserError(f"--student_steps {args.student_steps}: a flow map takes any number of steps; leave it out")
     one, t = torch.ones(1, 1), torch.tensor([args.t_init])
@@ -416,7 +417,8 @@ def save_student(path, args, config, step, averages):
 def save_copy(out, args, config, step, averages):
     """The student under a name of its own; of older ones --keep stay, and every tenth."""
     save_student(out / f"student_one_step_{step:07d}.pth", args, config, step, averages)
-    for old in sorted(out.glob(f"student_one_step_{'[0-9]' * 7}.pth"))[:-args.keep] if args.keep else ():
+    copies = sorted(out.glob(f"student_one_step_{'[0-9]' * 7}.pth"))
+    for old in copies[-args.keep - 1:-args.keep] if args.keep else ():  # those before may be of another --save_every
         if int(old.stem[-7:]) % (10 * args.save_every):
             old.unlink()
 

@@ -270,7 +270,7 @@ def open_checkpoint(role, path, args, device):
     sampler, decode = choose_sampler(args, net, config, path), decoder(args.vae, config, device)
     if decode is None and net.channels not in (1, 3):
         raise UserError(f"{role} {path}: makes {net.channels} channels, images have 1 or 3")
-    seed = args.seed if role == "SAMPLES" else 2 ** 63 - 1 - args.seed  # noise that no seed of SAMPLES draws
+    seed = args.seed if role == "SAMPLES" else 2 ** 63 - 1 - args.seed  # a seed that SAMPLES cannot have
     student, n = config.get("student"), limit(role, args) or 50000
     law = "balanced" if args.labels == "data" and not uneven_counts(config) else args.labels
     labels = choose_labels(args.labels, n, config, seed)

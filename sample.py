@@ -475,8 +475,8 @@ def main():
         (out / "labels.txt").unlink(missing_ok=True)
         if labelled:
             names = config.get("classes") or range(net.num_classes)
-            lines = "".join(f"{names[y]}\n" for y in labels).encode(errors="surrogateescape")  # a folder's own bytes
-            save_file(out / "labels.txt", lambda f: f.write(lines))
+            lines = "".join(" ".join(str(names[y]).split()) + "\n" for y in labels)
+            save_file(out / "labels.txt", lambda f: f.write(lines.encode(errors="surrogateescape")))  # a folder's bytes
     elif out.suffix.lower() == ".npz":
         more = {"arr_1": labels, "classes": np.array(config.get("classes") or ())} if labelled else {}
         if args.pairs:

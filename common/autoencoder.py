@@ -120,8 +120,8 @@ def load_autoencoder(path, device="cpu"):
         names = [f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin")]
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
     if not path.is_file():
-        raise UserError(f"{path}: no such file; download {path.name} of an autoencoder such as "
-                        "stabilityai/sd-vae-ft-ema and name it here")
+        raise UserError(f"--vae {path}: no such file; download diffusion_pytorch_model.safetensors of an autoencoder "
+                        "such as stabilityai/sd-vae-ft-ema and name it here")
     state, renamed = load_checkpoint(path), {}
     with reading(f"{path}: not the KL autoencoder of Stable Diffusion"):
         for name, value in state.items():

@@ -350,7 +350,10 @@ def read_names(label, path):
     """Names of the classes that sample.py keeps in an .npz beside images and labels; None of other ones."""
     with reading(label), np.load(path, allow_pickle=False) as npz:
         known = {"arr_1", "classes"} <= set(npz.files) and npz["arr_1"].max(initial=0) < len(npz["classes"])
-        return npz["classes"].tolist() if known else None
+        names = npz["classes"] if known else np.array(())
+        if known and (names.dtype.kind != "U" or names.ndim != 1 or len(set(names.tolist())) < len(names)):
+            raise UserError(f"{label}: classes must be names, text, each of them once; change it, or leave it out")
+        return names.tolist() or None
 
 
 def load_pairs(path, interpolant, say=print):

@@ -212,6 +212,7 @@ def stack_rows(rows, pixels=640, captions=(), columns=()):
     for i, text in enumerate(captions):
         draw.text((left - 5, top + (i + 0.5) * height / len(rows)), text, "black", font, anchor="rm")
     for i, text in enumerate(columns):
+        text = " ".join(text.split())  # names of folders may have line breaks
         while font.getlength(text) > width / len(rows[0]):
             text = text[:-1]
         draw.text((left + (i + 0.5) * width / len(rows[0]), top - 2), text, "black", font, anchor="mb")

@@ -126,7 +126,7 @@ def add_run_flags(parser, **defaults):
         "more time")
     add("--shard", action="store_true", help="split the optimizers' moments over the processes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--timeout", type=number(float, 1), default=600, help="seconds after which a process gives up on one that "
+    add("--timeout", type=number(float, 1, 1e6), default=600, help="seconds after which a process gives up on one that "
         "hangs")
     parser.set_defaults(**defaults)
 
@@ -537,8 +537,8 @@ class Run:
         for key, now in made_with.items():
             flag = "teacher_ckpt" if key == "teacher" else key
             if state and state.get(key) not in (None, now):
-                raise UserError(f"--{flag} {getattr(self.args, flag)}: is not what the run in {self.out} was made "
-                                "with; choose another --out, or start over with --fresh")
+                raise UserError(f"--{flag} {getattr(self.args, flag)}: is, as these flags read it, not what the run in "
+                                f"{self.out} was made with; choose another --out, or start over with --fresh")
 
     def begin(self, step):
         """The folder is locked, the flags are written, and signals are caught from here on."""

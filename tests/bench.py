@@ -53,7 +53,7 @@ from common.autoencoder import CHUNK, Autoencoder
 from common.data import draw_digits, load_images
 from common.files import save_checkpoint
 from common.images import degrade, to_device, to_uint8
-from common.run import frozen, peak_memory, precision, put_in_training, start_processes
+from common.run import command, frozen, peak_memory, precision, put_in_training, start_processes
 from interpolants import (FAMILIES, Batch, Problem, Sampler, ddim, regression_loss, start_at, time_grid,
                           time_of_noise_ratio)
 from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, load_model, parse_name, round_weights
@@ -628,4 +628,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

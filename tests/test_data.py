@@ -334,6 +334,9 @@ def test_labels_of_a_pair_and_names_of_classes(run, script):
     assert [data.classes[label] for label in data.labels] == ["10", "3"]
     run("sample", "--ckpt", "out/teacher.pt", "--labels", "10,3", "--n", 2, "--steps", 1, "--out", "folder")
     assert pathlib.Path("folder/labels.txt").read_text() == "10\n3\n"
+    for names in (np.arange(12), [b"a"] * 12, [["a"]] * 12, ["a"] * 12):
+        np.savez("more.npz", arr_0=x, arr_1=y, classes=names)
+        refused(load_images, "more.npz", says="--data more.npz: classes must be names")
     np.savez("more.npz", arr_0=x, arr_1=y, classes=["a"])  # of no use for these labels
     assert load_images("more.npz").num_classes == 12
     code, _, err = script("flow_map", *SMALL[2:], "--data", "set", "--fresh")

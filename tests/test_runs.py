@@ -234,6 +234,10 @@ def test_what_a_run_says_keeps_and_puts_aside(run, images, small_teacher, tmp_pa
     said = run("distill", *flags, "--iters", 12, "--out", tmp_path)
     assert f"--keep 2 --iters 12 --out {tmp_path} (all: " in said and "the first picture comes at iteration 6" in said
     assert [f.name[-6:-4] for f in sorted(tmp_path.glob("*.pth"))] == ["10", "11", "12"]
+    longer = ("--iters", 15, "--save_every", 3, "--out", tmp_path / "longer")
+    shutil.copytree(tmp_path, tmp_path / "longer")
+    run("distill", *flags, *longer)  # keeps what it finds: copies of another rhythm
+    assert [f.name[-6:-4] for f in sorted((tmp_path / "longer").glob("*.pth"))] == ["10", "12", "15"]
     last = log(tmp_path, "distill")[-1]
     assert last["spread_teacher"] > 0 and last["D2_first"] == log(tmp_path, "distill")[0]["D2"]
     commit = load_checkpoint(tmp_path / "student.pt")["commit"]
@@ -1011,7 +1015,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--ite 4", "--ite 4"), ("--device tpu", ("--device tpu", "cuda")), ("--accum 3", ("--batch 64", "63 does")),
         ("--out file/in", "--out file/in: cannot be written"), ("--out /proc/no", "--out /proc/no: cannot be written"),
         ("--interpolant cosine", ("--interpolant cosine", "linear, vp, gvp, ve, bridge")),
-        ("--vae no", "--cache_latents"), ("--vae no --cache_latents x --image_size 8", "no such file"),
+        ("--vae no", "--cache_latents"), ("--vae no --cache_latents x --image_size 8", "--vae no: no such"),
         ("--prediction eps", "velocity, data, noise, score"),
         ("--interpolant ve --prediction noise", ("--prediction noise", "ve has data, edm")),
         ("--prediction edm", "linear has velocity, data"),
@@ -1045,6 +1049,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--teacher_ckpt {unpaired} --flow_weight 1", "velocity"), ("--reference lowres4", "starts from noise"),
         ("--teacher_ckpt {ve} --grad stop --units velocity", ("--units velocity", "--units data")),
         ("--teacher_ckpt {seen} --flow_weight 1 --t_init 1", ("--t_init 1", "0.999")),
+        ("--flow_weight 1 --t_init 0.5", ("--t_init 0.5", "noise alone", "give 1,")),
         ("--teacher_ckpt {ve} --objective cross", "--units data"), ("--gan_lr 0.1", ("--gan_lr 0.1", "--gan_weight")),
         ("--data {images} --real_alpha 0", "--real_alpha 0: must be a number above 0 and at most 1"),
         ("--data {images} --real_beta 1.5", "--real_beta 1.5: must be a number above 0 and at most 1"),
@@ -1077,7 +1082,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--n 0", "at least 1"), ("--steps 0", "--steps 0: must be a whole number of at least 1"),
         ("--solver rk45", ("--solver rk45", "euler, heun, sde, posterior")), ("--diffusion none", "sigma"),
         ("--labels 4", ("--labels 4", "0 to 3")), ("--labels=-1", "0 to 3"), ("--labels cat", ("class cat", "0 to 3")),
-        ("--cfg_interval 1 0", "below the second"), ("--vae x", "x: no such file"), ("--reference x", "--reference x"),
+        ("--cfg_interval 1 0", "below the second"), ("--vae x", "--vae x: no such file"),
+        ("--reference x", "--reference x"),
         ("--cfg_interval 0 0.5", "without --cfg_scale"), ("--diffusion sbdm", "without --solver sde"),
         ("--cfg_scale 5 --steps 4 --cfg_interval 0.3 0.45", ("--cfg_interval 0.3 0.45", "none of the 4 steps")),
         ("--ckpt {sure} --cfg_scale 2", "no null class"),
@@ -1205,13 +1211,13 @@ def test_a_first_line_that_is_not_finite_stops_nothing(run, flags, tmp_path, mon
 @unix
 def test_names_that_are_no_text(run, tmp_path):
     """A class folder in another encoding; and copies that somebody made beside the numbered checkpoints."""
-    for name in (b"caf\xe9", b"dog"):
+    for name in (b"caf\xe9", b"dog\ncat"):
         folder = tmp_path / "photos" / os.fsdecode(name)
         folder.mkdir(parents=True)
         Image.fromarray(np.full((8, 8), 99, np.uint8)).save(folder / "0.png")
     run("train_teacher", "--data", tmp_path / "photos", *SMALL, "--iters", 1, "--data_dir", tmp_path, "--out", tmp_path)
     run("sample", "--ckpt", tmp_path / "teacher.pt", "--n", 2, "--steps", 1, "--out", tmp_path / "made")
-    assert (tmp_path / "made" / "labels.txt").read_bytes() == b"caf\xe9\ndog\n"
+    assert (tmp_path / "made" / "labels.txt").read_bytes() == b"caf\xe9\ndog cat\n"
     (tmp_path / "student_one_step_0000001 (1).pth").touch()
     run("distill", "--teacher_ckpt", tmp_path / "teacher.pt", *SMALL[2:], "--iters", 3, "--save_every", 1, "--keep", 1,
         "--out", tmp_path)
