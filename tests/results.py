@@ -185,7 +185,7 @@ def make_rows():
         own, at = learning()
         rows[f"{path} student, 1200 iterations"] = Row("growth", (teacher(f"--interpolant {path}"), own), at)
     for name, flags, step in (("batch 32", "--batch 32", 400), ("k_psi 2", "--k_psi 2", 150),
-                              ("dmd", "--objective dmd", 200)):
+                              ("dmd", "--objective dmd", 200), ("weight uniform", "--weight uniform", 200)):
         own, at = learning(flags, step)
         rows[f"linear student, {name}, {6 * step} iterations"] = Row("growth", (DATA, own), at)
     for seconds in (120, 360, 900):
