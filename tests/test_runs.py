@@ -527,7 +527,7 @@ def test_a_step_is_clipped_and_has_the_rate_of_its_network_and_iteration():
     net, args = torch.nn.Linear(1, 1, bias=False), argparse.Namespace(lr=9.0, clip=0.5, warmup=4, decay_from=10)
     trained = put_in_training(net, torch.optim.SGD, 0.8, argparse.Namespace(shard=False))
     for step in (0, 40):
-        before, net.weight.grad = float(net.weight), torch.full((1, 1), 3.0)
+        before, net.weight.grad = net.weight.item(), torch.full((1, 1), 3.0)
         assert float(trained.step(args, step)) == 3
         assert before - float(net.weight) == pytest.approx(0.5 * learning_rate(step, 0.8, 4, 10), rel=1e-3)
 
