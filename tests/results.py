@@ -119,7 +119,7 @@ def make_rows():
     longer = student(FAST, 900, lr=None)
     rows["linear student, both rates 6e-4, 900 s"] = Row("families", (DATA, longer), MORE)
     rows["linear map, then student"] = Row("families", (
-        DATA, flow_map("lagrange", "", 400), student("--student_ckpt {1}", 200, lr=None)), STEPS)
+        DATA, flow_map("lagrange", "", None, 600), student(f"{FAST} --student_ckpt {{1}}", None, 600, lr=None)), STEPS)
     for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
         own = rows[f"{path} teacher"].stages[0]
         rows[f"{path} student, lr {lr}"] = Row("predictions", (own, student("", 600, lr=float(lr))), ONE)
