@@ -166,7 +166,7 @@ def make_rows():
             "real_alpha 0.98 --real_beta 0.96 --data {data}": 308}
     usual = f"{FAST} 0.98"
     for flags in ("t_init 0.5", "t_init 1", "t_min 0.005", "t_min 0.1", "t_max 0.9", "t_max 1", "weight uniform",
-                  "kappa 0", "kappa -0.8", "critic_lr 3e-4", "critic_lr 1.2e-3", "lr 3e-4", "k_psi 2", "k_psi 5",
+                  "kappa 0.5", "kappa 0", "kappa -0.8", "critic_lr 3e-4", "critic_lr 1.2e-3", "lr 3e-4", "k_psi 2", "k_psi 5",
                   "batch 16", "batch 32", "batch 128", "gan_weight 3e-3 --data {data}", "gan_weight 1e-2 --data {data}",
                   "real_alpha 0.98 --real_beta 0.96 --data {data}"):
         own = student(f"{usual} --{flags}", None, work.get(flags, 400), lr=None)
@@ -185,7 +185,8 @@ def make_rows():
         own, at = learning()
         rows[f"{path} student, 1200 iterations"] = Row("growth", (teacher(f"--interpolant {path}"), own), at)
     for name, flags, step in (("batch 32", "--batch 32", 400), ("k_psi 2", "--k_psi 2", 150),
-                              ("dmd", "--objective dmd", 200), ("weight uniform", "--weight uniform", 200)):
+                              ("dmd", "--objective dmd", 200), ("weight uniform", "--weight uniform", 200),
+                              ("kappa 0", "--kappa 0", 200)):
         own, at = learning(flags, step)
         rows[f"linear student, {name}, {6 * step} iterations"] = Row("growth", (DATA, own), at)
     for seconds in (120, 360, 900):
