@@ -166,9 +166,9 @@ def make_rows():
             "real_alpha 0.98 --real_beta 0.96 --data {data}": 308}
     usual = f"{FAST} 0.98"
     for flags in ("t_init 0.5", "t_init 1", "t_min 0.005", "t_min 0.1", "t_max 0.9", "t_max 1", "weight uniform",
-                  "kappa 0.5", "kappa 0", "kappa -0.8", "critic_lr 3e-4", "critic_lr 1.2e-3", "lr 3e-4", "k_psi 2", "k_psi 5",
-                  "batch 16", "batch 32", "batch 128", "gan_weight 3e-3 --data {data}", "gan_weight 1e-2 --data {data}",
-                  "real_alpha 0.98 --real_beta 0.96 --data {data}"):
+                  "kappa 0.5", "kappa 0", "kappa -0.8", "critic_lr 3e-4", "critic_lr 1.2e-3", "lr 3e-4", "k_psi 2",
+                  "k_psi 5", "batch 16", "batch 32", "batch 128", "gan_weight 3e-3 --data {data}",
+                  "gan_weight 1e-2 --data {data}", "real_alpha 0.98 --real_beta 0.96 --data {data}"):
         own = student(f"{usual} --{flags}", None, work.get(flags, 400), lr=None)
         rows[f"student --{flags}".replace(" --data {data}", "")] = Row(
             "settings", (DATA, own), {"1": "", "1, average 0.98": "--average 0.98"})
