@@ -81,9 +81,9 @@ SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = (  # of the README
     "linear teacher", "linear student", "linear student, 1200 iterations", "linear student, batch 32, 2400 iterations",
-    "linear student, 4 steps, 800 iterations", "linear map", "linear map, then student", "vp teacher",
-    "vp student, 1200 iterations", "gvp teacher", "gvp student, 1200 iterations", "ve teacher",
-    "ve student, 1200 iterations")
+    "linear student, 4 steps, 800 iterations", "linear map", "linear map, then student",
+    "linear longer map, then student", "vp teacher", "vp student, 1200 iterations", "gvp teacher",
+    "gvp student, 1200 iterations", "ve teacher", "ve student, 1200 iterations")
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; on ve cross has no gradient
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
@@ -118,8 +118,9 @@ def make_rows():
                                                           {**STEPS, "4 of 10000": "--n 10000"})
     longer = student(FAST, 900, lr=None)
     rows["linear student, both rates 6e-4, 900 s"] = Row("families", (DATA, longer), MORE)
-    rows["linear map, then student"] = Row("families", (
-        DATA, flow_map("lagrange", "", None, 600), student(f"{FAST} --student_ckpt {{1}}", None, 600, lr=None)), STEPS)
+    for name, iters in (("map", 600), ("longer map", 2400)):
+        then = flow_map("lagrange", "", None, iters), student(f"{FAST} --student_ckpt {{1}}", None, 600, lr=None)
+        rows[f"linear {name}, then student"] = Row("families", (DATA, *then), STEPS)
     for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
         own = rows[f"{path} teacher"].stages[0]
         rows[f"{path} student, lr {lr}"] = Row("predictions", (own, student("", 600, lr=float(lr))), ONE)
