@@ -82,8 +82,8 @@ SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
 SUMMARY = (  # of the README
     "linear teacher", "linear student", "linear student, 1200 iterations", "linear student, batch 32, 2400 iterations",
     "linear student, 4 steps, 800 iterations", "linear map", "linear map, then student",
-    "linear longer map, then student", "linear map, then both", "vp teacher", "vp student, 1200 iterations", "gvp teacher",
-    "gvp student, 1200 iterations", "ve teacher", "ve student, 1200 iterations")
+    "linear longer map, then student", "linear map, then both", "vp teacher", "vp student, 1200 iterations",
+    "gvp teacher", "gvp student, 1200 iterations", "ve teacher", "ve student, 1200 iterations")
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; on ve cross has no gradient
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
@@ -121,8 +121,9 @@ def make_rows():
     for name, iters in (("map", 600), ("longer map", 2400)):
         then = flow_map("lagrange", "", None, iters), student(f"{FAST} --student_ckpt {{1}}", None, 600, lr=None)
         rows[f"linear {name}, then student"] = Row("families", (DATA, *then), STEPS)
-    both = student(f"{FAST} --student_ckpt {{1}} --flow_weight 1 --flow_row lagrange --data {{data}}", None, 400, lr=None)
-    rows["linear map, then both"] = Row("families", (DATA, flow_map("lagrange", "", None, 600), both), STEPS)
+    both = f"{FAST} --student_ckpt {{1}} --flow_weight 1 --flow_row lagrange --data {{data}}"
+    rows["linear map, then both"] = Row("families", (
+        DATA, flow_map("lagrange", "", None, 600), student(both, None, 400, lr=None)), STEPS)
     for path, lr in (("linear", "2e-4"), ("linear", "6e-4"), ("gvp", "6e-4")):
         own = rows[f"{path} teacher"].stages[0]
         rows[f"{path} student, lr {lr}"] = Row("predictions", (own, student("", 600, lr=float(lr))), ONE)

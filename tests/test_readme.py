@@ -144,9 +144,10 @@ def test_the_house():
     order = ["interpolants", "common.run", "common.files", "common.images", "common.data", "model",
              "common.autoencoder", "sample", "train_teacher", "flow_map", "distill", "fid"]
     stages = {"train_teacher", "flow_map", "distill", "fid"}
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("tests/*.py")):
+        assert max(map(len, path.read_text().splitlines()), default=0) <= 120, path
     for place, module in enumerate(order):
         text = (ROOT / (module.replace(".", "/") + ".py")).read_text()
-        assert max(map(len, text.splitlines())) <= 120, module
         for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M):
             allowed = name not in stages or (module, name) == ("distill", "flow_map")  # the trajectory loss
             assert name not in order or order.index(name) < place and allowed, f"{module} imports {name}"
