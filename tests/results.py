@@ -490,7 +490,8 @@ def draw_sheet(out):
     if not made:
         return None
     cells = [np.stack([np.full_like(made[0], 255) if one is None else one for one in row]) for row in cells]
-    return stack_rows(cells, made[0].shape[1] * 5, SHEET, list(OBJECTIVES))
+    cells = [np.pad(row, ((0, 0), (3, 3), (6, 6), (0, 0)), constant_values=255) for row in cells]
+    return stack_rows(cells, 2 * len(OBJECTIVES) * cells[0].shape[2], SHEET, list(OBJECTIVES))
 
 
 def main():
