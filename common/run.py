@@ -537,8 +537,8 @@ class Run:
         for key, now in made_with.items():
             flag = "teacher_ckpt" if key == "teacher" else key
             if state and state.get(key) not in (None, now):
-                raise UserError(f"--{flag} {getattr(self.args, flag)}: is not what the run in {self.out} was made with, "
-                                "as these flags read it; choose another --out, or start over with --fresh")
+                raise UserError(f"--{flag} {getattr(self.args, flag)}: is not what the run in {self.out} was made "
+                                "with, as these flags read it; choose another --out, or start over with --fresh")
 
     def begin(self, step):
         """The folder is locked, the flags are written, and signals are caught from here on."""
