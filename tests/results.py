@@ -8,8 +8,8 @@
 WORDS choose rows whose name or group contains one. A job is one row and one seed, on one thread: its stages, each a
 command as it would be typed, of so many iterations, or stopped by SIGTERM after so many seconds of their own CPU time,
 not counting what passes before they begin to train; then samples and scores. A stage that several rows share runs
-once. What is done stands in OUT (checkpoints, pictures) and, a record for each row and
-seed, in docs/results/; a job that was cut off begins its stage again.
+once. What is done stands in OUT (checkpoints, pictures) and, a record for each row and seed, in docs/results/; a job
+that was cut off begins its stage again.
 """
 import concurrent.futures
 import hashlib
