@@ -244,11 +244,14 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8
 
 
 def ticks(low, high, log):
-    """Round numbers from low to high: 1, 2, 5 times powers of ten on a log axis (powers alone where there are many)."""
+    """Round numbers from low to high: on a log axis powers of ten, with other multiples where there are few of them."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0 ** k for k in powers for m in ((1, 2, 5) if len(powers) < 5 else (1,))]
-        return [v for v in found if low <= v <= high]
+        for multiples in ((1,), (1, 2, 5), range(1, 10)):
+            found = [v for k in powers for m in multiples if low <= (v := m * 10.0 ** k) <= high]
+            if len(found) > 2:
+                break
+        return found
     step = 10.0 ** math.floor(math.log10(high - low))
     step *= next((m for m in (0.1, 0.2, 0.5) if high - low <= 8 * m * step), 1)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]

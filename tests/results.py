@@ -86,8 +86,11 @@ SUMMARY = (  # of the README
     "gvp teacher", "gvp student, 1200 iterations", "ve teacher", "ve student, 1200 iterations")
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; on ve cross has no gradient
 BEST = ("sid", "map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
-PANELS = (("sid, 360 s", "1"), ("map lagrange, 360 s", "1"), ("map lagrange, 360 s", "4"),
-          ("map for 1/3, then sid, 360 s", "1"), ("map for 1/3, then sid, 360 s", "4"))  # of assets/flow_map.png
+PANELS = (("linear teacher", "50"), ("linear student, 1200 iterations", "1"), ("linear map, 900 s", "1"),
+          ("linear map, 900 s", "4"), ("linear map, then student", "1"),
+          ("linear map, then student", "2"))  # of assets/flow_map.png
+CURVES = {"linear student": ("1",), "linear student, batch 32": ("1",), "linear student, dmd": ("1",),
+          "linear student, 4 steps": ("4",), "linear map": STEPS, "linear map, then student": ("1", "2")}
 DATA, VELOCITY = teacher("--interpolant linear"), teacher("--interpolant linear --prediction velocity")
 FAST = "--lr 6e-4 --critic_lr 6e-4 --ema 0.995"  # better than the defaults where there are 400 iterations and more
 MAP_FLAGS = {"ctm": "--solver_steps 2", "direct": "--solver_steps 16", "progressive": "--stage_iters 85"}
@@ -442,21 +445,25 @@ def write(records, page):
 
 def draw_seconds(records):
     """Score against seconds of training, the means over seeds: of students looked at as they learn, and of what was run
-    with several budgets -> a picture or None."""
-    curves, lines = {}, {}  # name and steps -> length -> seed -> (seconds, score)
+    with several budgets, beside their teacher -> a picture or None."""
+    curves, lines = {(name, k): {} for name, steps in CURVES.items() for k in steps}, {}
     for r in records:
-        name, _, how = r["row"].rpartition(", ")
-        for label, score in r["scores"].items() if r["group"] == "growth" else ():
-            (steps, _, after), last = label.partition(" after "), r["stages"][-1]
-            if how.endswith(" iterations") and steps == "1" or re.fullmatch(r"\d+ s", how):
+        name, how = re.fullmatch(r"(.*?)((?:, \d+ (?:s|iterations))?)", r["row"]).groups()
+        *before, last = r["stages"][1:] or [None]
+        for label, score in r["scores"].items() if how or "then" in name else ():
+            steps, _, after = label.partition(" after ")
+            if (name, steps) in curves:
                 part = int(after) / last["iterations"] if after else 1
-                curve = curves.setdefault(f"{name}, {steps} step{'s' * (steps > '1')}", {})
-                curve.setdefault(after or how, {})[r["seed"]] = part * last["cpu_seconds"], score["frechet"]
-    for name, curve in curves.items():
-        seeds = set.intersection(*map(set, curve.values()))  # those of every length, or lines compare teachers
-        points = sorted(tuple(map(statistics.mean, zip(*(at[s] for s in seeds)))) for at in curve.values() if seeds)
-        if len(points) > 1:
-            lines[name] = tuple(zip(*points))
+                seconds = sum(stage["cpu_seconds"] for stage in before) + part * last["cpu_seconds"]
+                curves[name, steps].setdefault(after or how, {})[r["seed"]] = seconds, score["frechet"]
+    for (name, steps), curve in curves.items():  # length -> seed -> (seconds, score)
+        seeds = set.intersection(*map(set, curve.values())) if curve else ()  # or a line compares teachers
+        points = [tuple(map(statistics.mean, zip(*(at[s] for s in seeds)))) for at in curve.values() if seeds]
+        lines |= {f"{name}: {steps} step{'s' * (steps > '1')}": tuple(zip(*sorted(points)))} if points else {}
+    teachers = [r["scores"]["50"]["frechet"] for r in records if r["row"] == "linear teacher"]
+    if lines and teachers:
+        ends = [end(x for xs, _ in lines.values() for x in xs) for end in (min, max)]
+        lines["linear teacher: 50 steps"] = ends, [statistics.mean(teachers)] * 2
     return draw_curves(lines, "seconds of training, one core", "score") if lines else None
 
 

@@ -58,15 +58,23 @@ def test_curves_are_of_seconds(tmp_path, monkeypatch):
     assert draw_seconds([]) is None and not drawn
     for seed in (0, 1):
         for seconds in (120, 360):
-            put_record(tmp_path / "r", f"map, {seconds} s", "growth", seed, seconds / 10 + seed, (900, seconds + seed))
-        put_record(tmp_path / "r", "sid, 10 iterations", "growth", seed, 9, (900, 40 + 2 * seed))
-        path = record_path(tmp_path / "r", "sid, 10 iterations", seed)
+            put_record(tmp_path / "r", f"linear map, {seconds} s", "growth", seed, seconds / 10 + seed,
+                       (900, seconds + seed))
+        put_record(tmp_path / "r", "linear student, 10 iterations", "growth", seed, 9, (900, 40 + 2 * seed))
+        path = record_path(tmp_path / "r", "linear student, 10 iterations", seed)
         record = json.loads(path.read_text())
         record["scores"] = {"1 after 5": {"frechet": 8 + seed}, "1": {"frechet": 6}, "1 of 10000": {}}
         path.write_text(json.dumps(record))
-    put_record(tmp_path / "r", "map, 360 s", "growth", 2, 99)  # a seed that other lengths lack
+    put_record(tmp_path / "r", "linear map, 360 s", "growth", 2, 99)  # a seed that other lengths lack
+    put_record(tmp_path / "r", "linear map, then student", "families", 0, 7, (900, 100, 200))
+    put_record(tmp_path / "r", "linear map", "families", 0, 99)  # not of a line
+    path = record_path(tmp_path / "r", "linear teacher", 0)
+    path.write_text(json.dumps({"row": "linear teacher", "seed": 0, "scores": {"50": {"frechet": 5}}, "stages": [{}]}))
     draw_seconds(read_records(tmp_path / "r"))
-    assert drawn == [{"map, 1 step": ((120.5, 360.5), (12.5, 36.5)), "sid, 1 step": ((20.5, 41), (8.5, 6))}]
+    assert drawn == [{"linear student: 1 step": ((20.5, 41), (8.5, 6)),
+                      "linear map: 1 step": ((120.5, 360.5), (12.5, 36.5)),
+                      "linear map, then student: 1 step": ((300,), (7,)),
+                      "linear teacher: 50 steps": ([20.5, 360.5], [5, 5])}]
 
 
 def test_the_sheet_shows_what_was_made(tmp_path):
@@ -85,13 +93,13 @@ def test_the_best_are_drawn_with_their_scores(tmp_path):
     for name, label in PANELS:
         put_record(tmp_path / "r", name, "objectives", 0, 20)
         record = json.loads(record_path(tmp_path / "r", name, 0).read_text())
-        record["scores"] = {"1": {"frechet": 20}, "4": {"frechet": 9}}
+        record["scores"] = {k: {"frechet": 20} for k in ("1", "2", "4", "50")}
         record_path(tmp_path / "r", name, 0).write_text(json.dumps(record))
         assert draw_best(read_records(tmp_path / "r"), tmp_path) is None
         (tmp_path / place_of(name, 0)).mkdir(exist_ok=True)
         np.savez(tmp_path / place_of(name, 0) / f"{label}.npz", arr_0=np.zeros((60, 28, 28, 1), np.uint8))
     picture = draw_best(read_records(tmp_path / "r"), tmp_path)
-    assert (picture[:192] < 9).all(2).sum() == 5 * 60 * 28 * 28
+    assert (picture[:192] < 9).all(2).sum() == 6 * 60 * 28 * 28
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
