@@ -47,8 +47,8 @@ class Row(NamedTuple):
 
 ROWS = {  # what a row sets, the flags of these names override
     "lagrange": Row("1-mu", "student", "teacher"),  # LMD (arXiv:2406.07507), AYF-LMD (arXiv:2506.14603)
-    "freeflow": Row("1-mu", "student", "teacher", "start"),  # FreeFlow's prediction (arXiv:2511.19428)
-    "euler": Row("mu", "teacher", "student"),  # MeanFlow's distillation (arXiv:2505.13447), AYF-EMD (arXiv:2506.14603)
+    "freeflow": Row("1-mu", "student", "teacher", "start"),  # BOOT (arXiv:2306.05544), FreeFlow (arXiv:2511.19428)
+    "euler": Row("mu", "teacher", "student"),  # EMD (arXiv:2406.07507), AYF-EMD (arXiv:2506.14603)
     "consistency": Row("mu", "teacher", "average", "end"),  # arXiv:2303.01469; sCD as mu -> 0 (arXiv:2410.11081)
     "shortcut": Row("0.5", "average", "average", diagonal=0.25),  # arXiv:2410.12557; PSD (arXiv:2505.18825)
     "split": Row("random", "average", "average", diagonal=0.25),  # SplitMeanFlow (arXiv:2507.16884)
@@ -252,7 +252,8 @@ def parse_flags():
         "r = 0 (the row's)")
     add("--tangent_warmup", type=number(int, 0), default=0, help="iterations over which the derivative's share of a "
         "jvp's target rises to 1")
-    add("--anchor", type=number(float, 0), default=0.0, help="weight of the flow-matching loss on data at r = t (FACM)")
+    add("--anchor", type=number(float, 0), default=0.0, help="weight of the flow-matching loss on data at r = t "
+        "(FACM from data)")
     add("--solver_steps", type=number(int, 1), default=None, help="steps of the solver's leg (the row's)")
     add("--grid", type=number(int, 1), default=16, help="progressive distillation: steps of its first student, a power "
         "of two")
