@@ -40,7 +40,7 @@ def put_record(folder, name, group, seed, value, seconds=(900, 360)):
 def test_tables_are_the_records(tmp_path):
     for seed, value in enumerate((10, 11, 13)):
         put_record(tmp_path / "r", "sid, 360 s", "objectives", seed, value)
-    put_record(tmp_path / "r", "sid, 900 s", "objectives", 0, 9, (900, 900))
+    put_record(tmp_path / "r", "map lagrange, 900 s", "objectives", 0, 9, (900, 900))
     records = read_records(tmp_path / "r")
     assert "| sid, 360 s | 1 | 3 | 100 | 11.33 ± 1.53 | 0.900 ± 0.000 |" in table(records, "objectives")
     for r in records:
