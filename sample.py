@@ -133,7 +133,9 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
         raise UserError(f"x1 is missing: a bridge ({config['reference']}) starts from images, (n,H,W,C) uint8")
     if net.num_classes and isinstance(labels, (list, tuple)):
         labels = find_classes("labels", labels, config)
-    indices = range(len(labels)) if indices is None else indices
+    indices = range(len(x1 if labels is None else labels)) if indices is None else indices
+    if x1 is not None and len(x1) != len(indices):
+        raise UserError(f"x1: {len(x1)} images to start from for {len(indices)} asked for")
     streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
 
     def draw(_=None):
@@ -261,7 +263,8 @@ def choose_sampler(args, net, config, name):
                             f"(scale {config['student']['cfg_scale']:g}), leave it out")
         if solver:
             raise UserError(f"--solver {solver}: {name} is a student, it has steps of its own; leave it out")
-        check_idle(args, {"restart": 0.0}, (("restart", "--steps above 1", (args.steps or most) > 1),))
+        check_idle(args, {"restart": 0.0, "diffusion": "sigma"}, (
+            ("restart", "--steps above 1", (args.steps or most) > 1), ("diffusion", "a teacher's --solver sde", False)))
         if is_flow_map(config) and (args.steps or 1) > 1 > args.restart and holds_data(config, times[0]):
             raise UserError(f"--steps {args.steps}: {name} starts at t = {times[0]:.3g}, from noise where its steps "
                             "expect data as well; add --restart 1")

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import pathlib
+import zlib
 from collections import OrderedDict
 
 import numpy as np
@@ -189,7 +190,8 @@ def cache_latents(args, autoencoder, sha256, run):
     flag, side, c = f"--cache_latents {directory}", size // autoencoder.factor, autoencoder.latents
     if pathlib.Path(data).is_dir():
         files, labels, classes = list_folder(data)
-        listing = repr([(str(f.relative_to(data)), f.stat().st_size) for f in files]).encode()
+        stats = [(str(f.relative_to(data)), stat.st_size, stat.st_mtime_ns) for f in files for stat in [f.stat()]]
+        listing = repr([(name, length) for name, length, _ in stats]).encode()
         n, some = len(files), np.unique(np.linspace(0, len(files) - 1, 64).astype(int))
         contents = "".join(file_sha256(files[i]) for i in some)
 
@@ -200,7 +202,7 @@ def cache_latents(args, autoencoder, sha256, run):
         images, labels, classes, *_ = in_turn(lambda: load_images(data, args.data_dir, size, args.seed, say=run.say))
         if images.shape[3] not in (1, 3):
             raise UserError(f"--data {data}: {images.shape[3]} channels, an autoencoder reads 1 or 3")
-        n, contents, listing = len(images), "", images.tobytes()
+        n, contents, listing, stats = len(images), "", images.tobytes(), ()
 
         def read(i):
             return np.repeat(images[i], 3 // images.shape[3], -1)
@@ -211,8 +213,12 @@ def cache_latents(args, autoencoder, sha256, run):
               "contents": hashlib.sha256(contents.encode()).hexdigest(), "num_classes": len(classes),
               "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
 
+    # Until all is done: which files each chunk is of. Where they have changed since a run was cut off, it is made anew.
+    parts = [zlib.crc32(repr(stats[k * CHUNK:(k + 1) * CHUNK]).encode()) for k in range(chunks)]
+
     def write(complete):  # with names, which are not compared: older folders have none
-        write_record(directory / "record.json", {**record, "classes": list(classes), "complete": complete})
+        write_record(directory / "record.json", {**record, "classes": list(classes), "complete": complete,
+                                                 **({} if complete else {"parts": parts})})
 
     def begin():  # once, by the first process
         check_writable("--cache_latents", directory)
@@ -227,6 +233,13 @@ def cache_latents(args, autoencoder, sha256, run):
             if changed:
                 raise UserError(f"{flag}: was made with another {changed} ({str(made.get(changed))[:40]}, here "
                                 f"{str(record[changed])[:40]}); choose another folder")
+            if not made.get("complete"):
+                with reading(flag, "; delete the folder and start again"):
+                    marks = np.load(directory / "done.npy", mmap_mode="r")
+                for k, (was, now) in enumerate(zip(made.get("parts", ()), parts)):
+                    if was != now:
+                        put(directory / "done.npy", marks.offset + k, b"\0")
+                write(complete=False)
             return
         if any(directory.iterdir()):
             raise UserError(f"{flag}: holds other files; choose another folder")

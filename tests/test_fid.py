@@ -385,6 +385,14 @@ def test_a_sweep_is_a_table_that_goes_on(script, refused, record, quick, small_t
         assert script("fid", *flags, "--steps", 3, "--json", "t.json", "--sweep", "seed=7")[0] == 0
     kept = json.loads(pathlib.Path("t.json").read_text())["sweep"]
     assert [r["flags"] for r in kept] == [{"cfg_scale": "2"}, {"cfg_scale": "3"}, {"seed": "7"}]
+    pathlib.Path("images").mkdir()
+    for high, new in ((256, 2), (256, 0), (100, 2)):  # a folder whose images are made anew is another REFERENCE
+        if new:
+            for i, image in enumerate(np.random.default_rng(high).integers(0, high, (12, 8, 8, 3)).astype(np.uint8)):
+                Image.fromarray(image).save(f"images/{i:02d}.png")
+        passes.clear()
+        assert script("fid", small_teacher, "images", *flags[2:], "--json", "i.json", "--sweep", "steps=1")[0] == 0
+        assert len(passes) == new
     copy = pathlib.Path("copy.pt")
     copy.write_bytes(small_teacher.read_bytes())
     assert script("fid", copy, *flags[1:], "--sweep", "steps=1")[0] == 0 and pathlib.Path("copy_sweep.json").exists()

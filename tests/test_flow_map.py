@@ -311,7 +311,7 @@ def test_a_map_of_discrete_times_is_sampled_at_them(monkeypatch):
     monkeypatch.setattr(sample, "follow_map", lambda problem, net, b, grid, *rest: grids.append(grid) or b.x_t)
     for row in ("progressive", "lagrange"):
         config["student"]["flow_map"] = row
-        sample.generate(build_model(config), config, None, 0, range(1), Sampler(4), np.zeros((1, 8, 8, 1), np.uint8))
+        sample.generate(build_model(config), config, None, 0, None, Sampler(4), np.zeros((1, 8, 8, 1), np.uint8))
     np.testing.assert_allclose(grids[0], [0.8, 0.6, 0.4, 0.2, 0])
     assert abs(float(grids[1][1]) - 0.6) > 0.05 and float(grids[1][0]) == pytest.approx(0.8)
 

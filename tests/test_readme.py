@@ -108,6 +108,8 @@ def test_the_lines_of_python(small_teacher, tmp_path, monkeypatch):
         generate(net, config, ["ten"])
     with pytest.raises(UserError, match="x1 is missing: a bridge .lowres4. starts from images"):
         generate(net, {**config, "reference": "lowres4"}, [3])
+    with pytest.raises(UserError, match="x1: 3 images to start from for 1 asked for"):
+        generate(net, {**config, "reference": "lowres4"}, [3], x1=images)
 
 
 def test_both_first_commands_are_complete():

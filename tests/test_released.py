@@ -256,6 +256,15 @@ def test_two_processes_cache_the_same_files_and_a_killed_run_goes_on(script, fol
     found = np.load("cut/latents.npy")
     assert (found[0] == 7).all() and not (found[18] == 7).any()
 
+    monkeypatch.setattr(Autoencoder, "encode", cut), views.clear()
+    assert script("train_teacher", *flags("anew"))[0] == 130 and list(np.load("anew/done.npy")) == [1, 0]
+    for file in pathlib.Path("images").rglob("*.png"):  # made anew, under the same names
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    monkeypatch.setattr(Autoencoder, "encode", encode)
+    for cache in ("anew", "after"):
+        assert script("train_teacher", *flags(cache))[0] == 0
+    assert read("anew") == read("after")
+
 
 def test_caches_that_do_not_fit(run, refused, folder):
     run(*TRAIN, *FOLDER, "--iters", 1, "--cache_latents", "cache")

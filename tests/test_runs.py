@@ -1104,7 +1104,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--ckpt {seen} --reference {bare} --out {bare}", "is what is read"),
         ("--ckpt {free} --labels 3", "--labels 3: this checkpoint has no classes"),
         ("--ckpt {student} --cfg_scale 4", ("--cfg_scale 4", "distilled into it")),
-        ("--ckpt {student} --solver heun", "--solver heun"), ("--export e.pt", ("--export e.pt", ".safetensors")),
+        ("--ckpt {student} --solver heun", "--solver heun"), ("--ckpt {student} --diffusion sbdm", "--diffusion sbdm"),
+        ("--export e.pt", ("--export e.pt", ".safetensors")),
         ("--export file/e.safetensors", "cannot be written"), ("--average 0.9", "one average alone")]),
     "sample ": ("--device cpu", [
         ("", "--ckpt FILE or --compare"), ("--compare {teacher} {teacher}", "first"),
