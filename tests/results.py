@@ -80,9 +80,8 @@ ONE, MORE, STEPS = {"1": ""}, {"1": "", "1 of 10000": "--n 10000"}, {k: f"--step
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = (  # of the README
-    "linear teacher", "linear student", "linear student, 1200 iterations", "linear student, batch 32, 2400 iterations",
-    "linear student, dmd, 1200 iterations", "linear student, 4 steps, 800 iterations", "linear map, 900 s",
-    "linear map, then student", "linear longer map, then student", "linear map, then both", "vp teacher",
+    "linear teacher", "linear student", "linear student, 1200 iterations", "linear student, dmd, 1200 iterations",
+    "linear student, 4 steps, 800 iterations", "linear map, 900 s", "linear map, then student", "vp teacher",
     "vp student, 1200 iterations", "gvp teacher", "gvp student, 1200 iterations", "ve teacher",
     "ve student, 1200 iterations")
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; on ve cross has no gradient
@@ -197,7 +196,7 @@ def make_rows():
         own, at = learning(flags, step)
         rows[f"linear student, {name}, {6 * step} iterations"] = Row("growth", (DATA, own), at)
     for seconds in (120, 360, 900):
-        rows[f"linear map, {seconds} s"] = Row("growth", (DATA, flow_map("lagrange", "", seconds)), STEPS)
+        rows[f"linear map, {seconds} s"] = Row("families", (DATA, flow_map("lagrange", "", seconds)), STEPS)
 
     # Published rates, weights and critic's steps, in as many iterations as cost what 400 of sid do. Batch, Adam's
     # betas, averages and predictions are ours; the original project's student is its network's raw, guided output.
@@ -402,11 +401,15 @@ def read_records(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def cell(records, label, key, digits):
-    """Mean and spread (standard deviation) over the records of one row; "" where they have no such number."""
-    values = [r["scores"][label][key] for r in records if key in r["scores"].get(label, ())]
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
+def cell(records, label, *numbers):
+    """The means of these numbers, (key, digits) each, over the records of one row, with the standard deviations of
+    score and recall; "" where they have none of them."""
+    found = []
+    for key, digits in numbers:
+        values = [r["scores"][label][key] for r in records if key in r["scores"].get(label, ())]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" * (key in ("frechet", "recall")) if values[1:] else ""
+        found += [f"{statistics.mean(values):.{digits}f}{spread}"] if values else []
+    return " / ".join(found)
 
 
 def as_markdown(head, lines):
@@ -414,37 +417,62 @@ def as_markdown(head, lines):
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if len(lines) > 1 else "Not measured yet."
 
 
+def of_group(records, group):
+    """name -> its records, for each row of a group that has some."""
+    found = {name: [r for r in records if r["row"] == name] for name, row in make_rows().items() if row.group == group}
+    return {name: mine for name, mine in found.items() if mine}
+
+
+def count_iterations(records):
+    """Those of each stage after the teacher, or the teacher's, with their range over the seeds."""
+    stages = list(zip(*([stage["iterations"] for stage in r["stages"]] for r in records)))
+    return " + ".join(f"{min(s)}" + f" to {max(s)}" * (max(s) > min(s)) for s in stages[1:] or stages)
+
+
 def table(records, group):
     """Markdown: a line for each row and way of sampling, over its seeds."""
-    columns = {"score": ("frechet", 2), "accuracy": ("accuracy", 3), "std": ("std", 3), "precision": ("precision", 3),
-               "recall": ("recall", 3), "nearest": ("nearest", 3), "PSNR": ("psnr", 2)}
-    scores = [score for r in records if r["group"] == group for score in r["scores"].values()]
+    columns = {"score": ("frechet", 2), "accuracy": ("accuracy", 2), "std": ("std", 2), "precision": ("precision", 2),
+               "recall": ("recall", 2), "nearest": ("nearest", 2), "PSNR": ("psnr", 2)}
+    rows, lines = of_group(records, group), []
+    scores = [score for mine in rows.values() for r in mine for score in r["scores"].values()]
     columns = {name: how for name, how in columns.items() if any(how[0] in score for score in scores)}
+    for name, mine in rows.items():
+        first = [name, str(len(mine)), count_iterations(mine)]
+        for label in mine[0]["scores"]:
+            lines.append([*first, label, *(cell(mine, label, how) for how in columns.values())])
+            first = ["", "", ""]
+    return as_markdown(["row", "seeds", "iterations", "sampled", *columns], lines)
+
+
+def short(rows, columns, numbers, title):
+    """Markdown: a line for each row, a column for each way of sampling: head -> its label, or its place among them."""
     lines = []
-    for name, row in make_rows().items():
-        mine = [r for r in records if r["row"] == name and row.group == group]
-        steps = ", ".join(" + ".join(str(stage["iterations"]) for stage in r["stages"]) for r in mine)
-        lines += [[name, label, str(len(mine)), str(score["n"]), *(cell(mine, label, *how) for how in columns.values()),
-                   steps] for label, score in (mine[0]["scores"].items() if mine else ())]
-    return as_markdown(["row", "sampled", "seeds", "n", *columns, "iterations"], lines)
+    for name, mine in rows.items():
+        labels = [label if isinstance(label, str) else [*mine[0]["scores"]][label] for label in columns.values()]
+        lines.append([name, str(len(mine)), count_iterations(mine), *(cell(mine, at, *numbers) for at in labels)])
+    return as_markdown([title, "seeds", "iterations", *columns], lines)
 
 
-def summary(records):
-    """Markdown for the README: a line for each row of SUMMARY, a column for each number of steps."""
-    lines, steps = [], ("1", "2", "4", "50")
-    for name in SUMMARY:
-        mine = [r for r in records if r["row"] == name]
-        cells = [[cell(mine, label, *how) for how in (("frechet", 1), ("accuracy", 2), ("recall", 2))]
-                 for label in steps]
-        lines += [[name, str(len(mine)), *(" / ".join(three) if three[0] else "" for three in cells)]] if mine else []
-    return as_markdown(["score / accuracy / recall", "seeds", *(f"steps: {label}" for label in steps)], lines)
+def make_table(records, group):
+    """Markdown: that of the README, summary, or of a group."""
+    steps = {f"{k} step{'s' * (k > '1')}": k for k in ("1", "2", "4", "50")}
+    usual, title = (("frechet", 1), ("accuracy", 2), ("recall", 2)), "score / accuracy / recall"
+    if group == "summary":
+        rows = {name: [r for r in records if r["row"] == name] for name in SUMMARY}
+        return short({name: mine for name, mine in rows.items() if mine}, steps, usual, title)
+    if group == "objectives":
+        del steps["50 steps"]
+        return short(of_group(records, group), steps, usual, title)
+    if group == "growth":
+        columns = {**{f"{k}/6": k - 1 for k in range(1, 7)}, "10,000 samples": 6}
+        return short(of_group(records, group), columns, (("frechet", 1), ("recall", 2)), "score / recall")
+    return table(records, group)
 
 
 def write(records, page):
     """The page's text with each table between <!-- results:GROUP --> (or summary) and <!-- end --> made anew."""
     def make(match):
-        made = summary(records) if match[1] == "summary" else table(records, match[1])
-        return f"<!-- results:{match[1]} -->\n{made}\n<!-- end -->"
+        return f"<!-- results:{match[1]} -->\n{make_table(records, match[1])}\n<!-- end -->"
     return re.sub(r"<!-- results:(\w+) -->\n.*?<!-- end -->", make, page, flags=re.S)
 
 
@@ -464,12 +492,14 @@ def draw_seconds(records):
     for (name, steps), curve in curves.items():  # length -> seed -> (seconds, score)
         seeds = set.intersection(*map(set, curve.values())) if curve else ()  # or a line compares teachers
         points = [tuple(map(statistics.mean, zip(*(at[s] for s in seeds)))) for at in curve.values() if seeds]
-        lines |= {f"{name}: {steps} step{'s' * (steps > '1')}": tuple(zip(*sorted(points)))} if points else {}
+        words = [f"{k} {word}{'s' * (int(k) > 1)}" for k, word in ((steps, "step"), (len(seeds), "seed"))]
+        lines |= {f"{name[7:]}: {', '.join(words)}": tuple(zip(*sorted(points)))} if points else {}
     teachers = [r["scores"]["50"]["frechet"] for r in records if r["row"] == "linear teacher"]
     if lines and teachers:
         ends = [end(x for xs, _ in lines.values() for x in xs) for end in (min, max)]
-        lines["linear teacher: 50 steps"] = ends, [statistics.mean(teachers)] * 2
-    return draw_curves(lines, "seconds of training, one core", "score") if lines else None
+        lines[f"teacher: 50 steps, {len(teachers)} seeds"] = ends, [statistics.mean(teachers)] * 2
+    return draw_curves(lines, "CPU seconds of training after the teacher's (log)", "score, lower is better (log)") if (
+        lines) else None
 
 
 def draw_made(out, name, label, n, columns):

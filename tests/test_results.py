@@ -9,8 +9,8 @@ import pytest
 import results
 from common.run import UserError
 from conftest import ROOT
-from results import (PANELS, WRITES, Runner, call, draw_best, draw_seconds, draw_sheet, make_rows, place_of,
-                     read_records, record_path, summary, table, write)
+from results import (PANELS, WRITES, Runner, call, draw_best, draw_seconds, draw_sheet, make_rows, make_table,
+                     place_of, read_records, record_path, write)
 
 
 def test_every_row_is_made_of_flags_that_the_scripts_take(monkeypatch):
@@ -40,16 +40,22 @@ def put_record(folder, name, group, seed, value, seconds=(900, 360)):
 def test_tables_are_the_records(tmp_path):
     for seed, value in enumerate((10, 11, 13)):
         put_record(tmp_path / "r", "sid, 360 s", "objectives", seed, value)
+        put_record(tmp_path / "r", "linear student", "families", seed, value)
+        put_record(tmp_path / "r", "linear student, 1200 iterations", "growth", seed, value)
     put_record(tmp_path / "r", "map lagrange, 900 s", "objectives", 0, 9, (900, 900))
     records = read_records(tmp_path / "r")
-    assert "| sid, 360 s | 1 | 3 | 100 | 11.33 ± 1.53 | 0.900 ± 0.000 |" in table(records, "objectives")
-    for r in records:
-        r["row"] = r["row"].replace("sid, 360 s", results.SUMMARY[1])
-    assert summary(records).endswith(f"|\n| {results.SUMMARY[1]} | 3 | 11.3 ± 1.5 / 0.90 ± 0.00 /  |  |  |  |")
-    records = read_records(tmp_path / "r")
-    page = "a\n<!-- results:objectives -->\nold\n<!-- end -->\nb\n<!-- results:growth -->\n<!-- end -->\n"
-    made = write(records, page)
-    assert "old" not in made and "9.00" in made and "Not measured yet." in made and write(records, made) == made
+    assert make_table(records, "objectives").endswith(
+        "\n| sid, 360 s | 3 | 10 | 11.3 ± 1.5 / 0.90 |  |  |\n| map lagrange, 900 s | 1 | 10 | 9.0 / 0.90 |  |  |")
+    assert make_table(records, "families").endswith("| linear student | 3 | 10 | 1 | 11.33 ± 1.53 | 0.90 | 0.30 |")
+    assert "| linear student, 1200 iterations | 3 | 10 | 11.3 ± 1.5 / 0.90 |" in make_table(records, "summary")
+    seen = next(r for r in records if r["group"] == "growth")
+    seen["stages"] = [{"iterations": 3000}, {"iterations": 8}, {"iterations": 9}]
+    seen["scores"] = {str(k): {"frechet": k, "recall": k / 9} for k in range(7)}
+    assert "| 8 + 9 | 0.0 / 0.00 | 1.0 / 0.11 |" in make_table([seen], "growth")
+    page = "a\n<!-- results:objectives -->\nold\n<!-- end -->\nb\n<!-- results:bridges -->\n<!-- end -->\n"
+    made = write(read_records(tmp_path / "r"), page)
+    assert "old" not in made and "9.0" in made and "Not measured yet." in made
+    assert write(read_records(tmp_path / "r"), made) == made
 
 
 def test_curves_are_of_seconds(tmp_path, monkeypatch):
@@ -71,10 +77,10 @@ def test_curves_are_of_seconds(tmp_path, monkeypatch):
     path = record_path(tmp_path / "r", "linear teacher", 0)
     path.write_text(json.dumps({"row": "linear teacher", "seed": 0, "scores": {"50": {"frechet": 5}}, "stages": [{}]}))
     draw_seconds(read_records(tmp_path / "r"))
-    assert drawn == [{"linear student: 1 step": ((20.5, 41), (8.5, 6)),
-                      "linear map: 1 step": ((120.5, 360.5), (12.5, 36.5)),
-                      "linear map, then student: 1 step": ((300,), (7,)),
-                      "linear teacher: 50 steps": ([20.5, 360.5], [5, 5])}]
+    assert drawn == [{"student: 1 step, 2 seeds": ((20.5, 41), (8.5, 6)),
+                      "map: 1 step, 2 seeds": ((120.5, 360.5), (12.5, 36.5)),
+                      "map, then student: 1 step, 1 seed": ((300,), (7,)),
+                      "teacher: 50 steps, 1 seeds": ([20.5, 360.5], [5, 5])}]
 
 
 def test_the_sheet_shows_what_was_made(tmp_path):
