@@ -103,7 +103,7 @@ def make_rows():
         own = teacher(f"--interpolant {path}")
         rows[f"{path} teacher"] = Row("families", (own,), {"50": ""})
         rows[f"{path} student"] = Row("families", (own, student("", 600, lr=None)), MORE)
-        rows[f"{path} map"] = Row("families", (own, flow_map()), STEPS)
+        rows[f"{path} map"] = Row("predictions", (own, flow_map()), STEPS)
         for name in ("gap", "cross", "dmd") if path != "ve" else ("gap", "dmd"):  # sid: "student, 1200 iterations"
             rows[f"{path}, {name}"] = Row(
                 "sheet", (own, student(f"{FAST} --objective {name}", None, 400, lr=None)), ONE)
@@ -119,8 +119,6 @@ def make_rows():
     several = student(f"{FAST} --student_steps 4", None, 800, lr=None)
     rows["linear student, 4 steps, 800 iterations"] = Row("families", (DATA, several),
                                                           {**STEPS, "4 of 10000": "--n 10000"})
-    longer = student(FAST, 900, lr=None)
-    rows["linear student, both rates 6e-4, 900 s"] = Row("families", (DATA, longer), MORE)
     for name, iters in (("map", 600), ("longer map", 2400)):
         then = flow_map("lagrange", "", None, iters), student(f"{FAST} --student_ckpt {{1}}", None, 600, lr=None)
         rows[f"linear {name}, then student"] = Row("families", (DATA, *then), STEPS)
@@ -178,9 +176,6 @@ def make_rows():
         own = student(f"{usual} --{flags}", None, work.get(flags, 400), lr=None)
         rows[f"student --{flags}".replace(" --data {data}", "")] = Row(
             "settings", (DATA, own), {"1": "", "1, average 0.98": "--average 0.98"})
-    vp = teacher("--interpolant vp")
-    for seconds in (360, 600):
-        rows[f"vp, {seconds} s"] = Row("vp", (vp, student("--objective sid", seconds)), MORE)
 
     def learning(flags="", step=200):  # one student, looked at on its way, six times
         own = student(f"{FAST} 0.98 --save_every {step} --keep 0 {flags}", None, 6 * step, lr=None)
@@ -466,6 +461,9 @@ def make_table(records, group):
     if group == "growth":
         columns = {**{f"{k}/6": k - 1 for k in range(1, 7)}, "10,000 samples": 6}
         return short(of_group(records, group), columns, (("frechet", 1), ("recall", 2)), "score / recall")
+    if group == "settings":
+        columns = {"averages of 0.995": "1", "of 0.98": "1, average 0.98"}
+        return short(of_group(records, group), columns, usual, title)
     return table(records, group)
 
 
