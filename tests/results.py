@@ -518,7 +518,7 @@ def draw_best(records, out):
         if panels[-1] is None or not record:
             return None
         captions.append([name, f"{label} step{'s' * (label > '1')}: {record[0]['scores'][label]['frechet']:.1f}"])
-    return side_by_side(panels, captions)
+    return np.concatenate([side_by_side(panels[i:i + 3], captions[i:i + 3]) for i in (0, 3)])
 
 
 def draw_sheet(out):

