@@ -137,10 +137,6 @@ def make_rows():
                                                        data="digits")
     other = first._replace(flags="--prediction velocity")
     rows["first command, velocity teacher"] = Row("first", (other,), {"50": ""}, data="digits")
-    rows["first command, velocity student"] = Row("first", (other, student("", None, 300)), ONE, data="digits")
-    rows["first command, velocity student, a map before"] = Row("first", (
-        other, Stage("flow_map", "--teacher_ckpt {0} --data digits", None, 400),  # a third of the work
-        student("--student_ckpt {1}", None, 200)), ONE, data="digits")
 
     settings = {name: f"--objective {name}" for name in OBJECTIVES}
     settings.update({"kappa 0": "--objective gap --kappa 0", "sid, GAN 0.1": "--data {data} --gan_weight 0.1",
