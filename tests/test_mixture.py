@@ -84,5 +84,5 @@ def test_the_planes_cells(family):
     """As many as objectives of both kinds, with points in all, but for the one without a gradient."""
     cells = make_row(family, argparse.Namespace(iters=2, batch=8, n=40))
     empty = [i for i, cell in enumerate(cells) if (cell == 255).all()]
-    assert len(cells) == 2 + len(OBJECTIVES) + len(MAPS) and cells[0].shape == (72, 72, 1)
+    assert len(cells) == 2 + len(OBJECTIVES) + len(MAPS) and cells[0].shape == (80, 80, 1)
     assert empty == [2 + list(OBJECTIVES).index("cross")] * (family == "ve")
