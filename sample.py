@@ -124,9 +124,9 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
     labels: (n,) int64, a list of numbers and names, or None. Raises UserError for a name that is no class and for a
     bridge without x1.
 
-    A student's configuration says so and holds its times, of which it takes sampler.steps (all); a flow map takes any
-    number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior. x1 (n,H,W,C)
-    uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents.
+    A student's configuration says so and holds its times, of which it takes sampler.steps (and at most all); a flow map
+    takes any number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior.
+    x1 (n,H,W,C) uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents.
     Networks run in the trainers' precision, decode in float32 (TF32)."""
     problem, device, side = problem_of(config), next(net.parameters()).device, config["network"]["image_size"]
     if x1 is None and problem.sees_x1:
@@ -152,7 +152,7 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
             x0 = follow_map(problem, net, start_at(problem, b, float(grid[0])), grid, sampler.restart, draw)
         elif "student" in config:
             times = config["student"]["times"]
-            steps = sampler.steps or len(times)
+            steps = min(sampler.steps or len(times), len(times))
             times = [times[i * len(times) // steps] for i in range(steps)]  # the first always among them
             x0 = problem.data(net, student_input(problem, net, times, b, lambda _: (draw(), draw())))
         else:

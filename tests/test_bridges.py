@@ -135,7 +135,7 @@ def test_steps_of_a_student():
             drawn.extend([(b.x1, b.z), draw(1), draw(2)]), student_input(problem, net, times, b, draw))[1])
         generate(SiT("XXS", 2, 4, 1, 3), config, [0], 0, [0], Sampler(2))
     assert len({x.flatten()[0].item() for pair in drawn for x in pair}) == 6
-    for steps, taken in ((None, [0.8, 0.6, 0.4, 0.2]), (2, [0.8, 0.4]), (1, [0.8])):
+    for steps, taken in ((None, [0.8, 0.6, 0.4, 0.2]), (9, [0.8, 0.6, 0.4, 0.2]), (2, [0.8, 0.4]), (1, [0.8])):
         small, seen = SiT("XXS", 2, 4, 1, 3), []
         small.register_forward_hook(lambda _, given, __: seen.append(round(float(given[1][0]), 3)))
         generate(small, config, [0], 0, [0], Sampler(steps))
