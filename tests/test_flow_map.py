@@ -283,12 +283,12 @@ def test_borders_are_drawn_as_often_as_told_and_apart():
         assert float(drawn.float().mean()) == pytest.approx(share, abs=0.005)
 
 
-def learn(name, batch=128, **knobs):
+def learn(name, batch=128, iters=200, **knobs):
     """-> the error of a small map trained by this row, and of the teacher's own guess, against the exact map."""
     torch.manual_seed(0)
     problem, row = Problem(FAMILIES["linear"], "data"), ROWS[name]._replace(**knobs)
     stream = Stream(0, batch, slice(None), torch.device("cpu"), (2, 1, 1), 0, (0.2, 0.8))
-    average, g = plane.map_point(problem, row, stream, 200), torch.Generator().manual_seed(0)
+    average, g = plane.map_point(problem, row, stream, iters), torch.Generator().manual_seed(0)
     b = draw_trip(problem, row, stream, stream.draw(0, "test")._replace(x0=plane.draw_mixture(batch, g)), 1000).b
     b, exact = b._replace(y=None), exact_map(problem, b)
     return [float((X - exact).square().mean().sqrt()) for X in (problem.data(average, b).detach(), teacher(problem, b))]
@@ -297,7 +297,7 @@ def learn(name, batch=128, **knobs):
 @pytest.mark.parametrize("name", [row if row in ("lagrange", "euler") else pytest.param(
     row, marks=pytest.mark.slow) for row in sorted(ROWS)])
 def test_a_small_network_learns_the_map(name):
-    knobs = dict(diagonal=0.0, power=0.0) if name == "meanflow" else {"solver_steps": 3}
+    knobs = dict(diagonal=0.0, power=0.0, iters=400) if name == "meanflow" else {"solver_steps": 3}  # data are noisy
     error, guess = learn(name, mu=0.1, **knobs)
     assert error < 0.75 * guess
 
