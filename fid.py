@@ -36,7 +36,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images
-from common.files import check_archive, checksum, download, file_sha256, load_checkpoint, locked, reading, save_file
+from common.files import (check_archive, checksum, describe_files, download, file_sha256, load_checkpoint, locked,
+                          reading, save_file)
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image, resize_images
 from common.run import (Parser, UserError, alone, check_other, check_writable, code_commit, command, first_process,
                         from_first, in_turn, number, one_of, progress, start_processes)
@@ -255,12 +256,12 @@ def open_npz(label, path):
 
 def open_folder(label, folder, size):
     files = image_files(label, folder)
-    listing = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    listing = checksum(repr(describe_files(files, folder)))
     workers = concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count()))  # Pillow decodes outside Python's lock
 
     def read(rows):
         return list(workers.map(lambda row: read_image(label, files[row], size), rows))
-    return Source(str(folder), len(files), read, {"kind": "folder", "image_size": size, "listing": checksum(listing)})
+    return Source(str(folder), len(files), read, {"kind": "folder", "image_size": size, "listing": listing})
 
 
 def open_checkpoint(role, path, args, device):

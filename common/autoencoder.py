@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.data import LATENT_SCALE, list_folder, load_images, read_latents
-from common.files import file_sha256, load_checkpoint, read_record, reading, write_record
+from common.files import describe_files, file_sha256, load_checkpoint, read_record, reading, write_record
 from common.images import read_image, to_device
 from common.run import UserError, alone, check_writable, first_process, in_turn, progress, wait_for_all, writing
 from model import build_checked
@@ -190,7 +190,7 @@ def cache_latents(args, autoencoder, sha256, run):
     flag, side, c = f"--cache_latents {directory}", size // autoencoder.factor, autoencoder.latents
     if pathlib.Path(data).is_dir():
         files, labels, classes = list_folder(data)
-        stats = [(str(f.relative_to(data)), stat.st_size, stat.st_mtime_ns) for f in files for stat in [f.stat()]]
+        stats = describe_files(files, data)
         listing = repr([(name, length) for name, length, _ in stats]).encode()
         n, some = len(files), np.unique(np.linspace(0, len(files) - 1, 64).astype(int))
         contents = "".join(file_sha256(files[i]) for i in some)
@@ -213,12 +213,12 @@ def cache_latents(args, autoencoder, sha256, run):
               "contents": hashlib.sha256(contents.encode()).hexdigest(), "num_classes": len(classes),
               "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
 
-    # Until all is done: which files each chunk is of. Where they have changed since a run was cut off, it is made anew.
-    parts = [zlib.crc32(repr(stats[k * CHUNK:(k + 1) * CHUNK]).encode()) for k in range(chunks)]
+    def parts():  # which files each chunk is of, until all is done: where they have changed by then, it is made anew
+        return [zlib.crc32(repr(stats[k * CHUNK:(k + 1) * CHUNK]).encode()) for k in range(chunks)]
 
     def write(complete):  # with names, which are not compared: older folders have none
         write_record(directory / "record.json", {**record, "classes": list(classes), "complete": complete,
-                                                 **({} if complete else {"parts": parts})})
+                                                 **({} if complete else {"parts": parts()})})
 
     def begin():  # once, by the first process
         check_writable("--cache_latents", directory)
@@ -235,10 +235,10 @@ def cache_latents(args, autoencoder, sha256, run):
                                 f"{str(record[changed])[:40]}); choose another folder")
             if not made.get("complete"):
                 with reading(flag, "; delete the folder and start again"):
-                    marks = np.load(directory / "done.npy", mmap_mode="r")
-                for k, (was, now) in enumerate(zip(made.get("parts", ()), parts)):
-                    if was != now:
-                        put(directory / "done.npy", marks.offset + k, b"\0")
+                    marks = np.load(directory / "done.npy", mmap_mode="r+")
+                for k, (was, now) in enumerate(zip(made.get("parts", ()), parts())):
+                    marks[k] *= was == now
+                marks.flush()
                 write(complete=False)
             return
         if any(directory.iterdir()):

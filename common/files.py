@@ -46,6 +46,11 @@ def raw(tensor):
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
+def describe_files(files, folder):
+    """(path within the folder, bytes, time of its last change in ns) of each: tells files that were made anew."""
+    return [(str(f.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for f in files for stat in [f.stat()]]
+
+
 def checksum(content):
     """sha256 over a nested dict's or list's keys, values and tensors: notices a flipped bit that still loads."""
     digest = hashlib.sha256()

@@ -89,7 +89,7 @@ def draw(problem, stream, *key):
 def descend(optimizer, loss):
     optimizer.zero_grad()
     loss.mean().backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)  # as runs do: kappa below 0 may run away
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)  # as runs do
     optimizer.step()
 
 

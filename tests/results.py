@@ -403,15 +403,13 @@ def cell(records, label, *numbers):
     return " / ".join(found)
 
 
+def count(k, word):
+    return f"{k} {word}{'s' * (int(k) > 1)}"
+
+
 def as_markdown(head, lines):
     lines = [f"| {' | '.join(words)} |" for words in (head, *lines)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if len(lines) > 1 else "Not measured yet."
-
-
-def of_group(records, group):
-    """name -> its records, for each row of a group that has some."""
-    found = {name: [r for r in records if r["row"] == name] for name, row in make_rows().items() if row.group == group}
-    return {name: mine for name, mine in found.items() if mine}
 
 
 def count_iterations(records):
@@ -420,11 +418,11 @@ def count_iterations(records):
     return " + ".join(f"{min(s)}" + f" to {max(s)}" * (max(s) > min(s)) for s in stages[1:] or stages)
 
 
-def table(records, group):
+def table(rows):
     """Markdown: a line for each row and way of sampling, over its seeds."""
     columns = {"score": ("frechet", 2), "accuracy": ("accuracy", 2), "std": ("std", 2), "precision": ("precision", 2),
                "recall": ("recall", 2), "nearest": ("nearest", 2), "PSNR": ("psnr", 2)}
-    rows, lines = of_group(records, group), []
+    lines = []
     scores = [score for mine in rows.values() for r in mine for score in r["scores"].values()]
     columns = {name: how for name, how in columns.items() if any(how[0] in score for score in scores)}
     for name, mine in rows.items():
@@ -435,9 +433,9 @@ def table(records, group):
     return as_markdown(["row", "seeds", "iterations", "sampled", *columns], lines)
 
 
-def short(rows, columns, numbers, title):
+def short(rows, columns, numbers):
     """Markdown: a line for each row, a column for each way of sampling: head -> its label, or its place among them."""
-    lines = []
+    lines, title = [], " / ".join(key.replace("frechet", "score") for key, _ in numbers)
     for name, mine in rows.items():
         labels = [label if isinstance(label, str) else [*mine[0]["scores"]][label] for label in columns.values()]
         lines.append([name, str(len(mine)), count_iterations(mine), *(cell(mine, at, *numbers) for at in labels)])
@@ -446,21 +444,15 @@ def short(rows, columns, numbers, title):
 
 def make_table(records, group):
     """Markdown: that of the README, summary, or of a group."""
-    steps = {f"{k} step{'s' * (k > '1')}": k for k in ("1", "2", "4", "50")}
-    usual, title = (("frechet", 1), ("accuracy", 2), ("recall", 2)), "score / accuracy / recall"
-    if group == "summary":
-        rows = {name: [r for r in records if r["row"] == name] for name in SUMMARY}
-        return short({name: mine for name, mine in rows.items() if mine}, steps, usual, title)
-    if group == "objectives":
-        del steps["50 steps"]
-        return short(of_group(records, group), steps, usual, title)
-    if group == "growth":
-        columns = {**{f"{k}/6": k - 1 for k in range(1, 7)}, "10,000 samples": 6}
-        return short(of_group(records, group), columns, (("frechet", 1), ("recall", 2)), "score / recall")
-    if group == "settings":
-        columns = {"averages of 0.995": "1", "of 0.98": "1, average 0.98"}
-        return short(of_group(records, group), columns, usual, title)
-    return table(records, group)
+    names = SUMMARY if group == "summary" else [name for name, row in make_rows().items() if row.group == group]
+    rows = {name: [r for r in records if r["row"] == name] for name in names}
+    rows = {name: mine for name, mine in rows.items() if mine}
+    steps, usual = {count(k, "step"): k for k in ("1", "2", "4")}, (("frechet", 1), ("accuracy", 2), ("recall", 2))
+    sixths = {**{f"{k}/6": k - 1 for k in range(1, 7)}, "10,000 samples": 6}
+    forms = {"summary": ({**steps, "50 steps": "50"}, usual), "objectives": (steps, usual),
+             "growth": (sixths, (("frechet", 1), ("recall", 2))),
+             "settings": ({"averages of 0.995": "1", "of 0.98": "1, average 0.98"}, usual)}
+    return short(rows, *forms[group]) if group in forms else table(rows)
 
 
 def write(records, page):
@@ -486,12 +478,12 @@ def draw_seconds(records):
     for (name, steps), curve in curves.items():  # length -> seed -> (seconds, score)
         seeds = set.intersection(*map(set, curve.values())) if curve else ()  # or a line compares teachers
         points = [tuple(map(statistics.mean, zip(*(at[s] for s in seeds)))) for at in curve.values() if seeds]
-        words = [f"{k} {word}{'s' * (int(k) > 1)}" for k, word in ((steps, "step"), (len(seeds), "seed"))]
-        lines |= {f"{name[7:]}: {', '.join(words)}": tuple(zip(*sorted(points)))} if points else {}
+        name = f"{name[7:]}: {count(steps, 'step')}, {count(len(seeds), 'seed')}"
+        lines |= {name: tuple(zip(*sorted(points)))} if points else {}
     teachers = [r["scores"]["50"]["frechet"] for r in records if r["row"] == "linear teacher"]
     if lines and teachers:
         ends = [end(x for xs, _ in lines.values() for x in xs) for end in (min, max)]
-        lines[f"teacher: 50 steps, {len(teachers)} seeds"] = ends, [statistics.mean(teachers)] * 2
+        lines[f"teacher: 50 steps, {count(len(teachers), 'seed')}"] = ends, [statistics.mean(teachers)] * 2
     return draw_curves(lines, "CPU seconds of training after the teacher's (log)", "score, lower is better (log)") if (
         lines) else None
 
@@ -513,7 +505,7 @@ def draw_best(records, out):
         record = [r for r in records if (r["row"], r["seed"]) == (name, 0)]
         if panels[-1] is None or not record:
             return None
-        captions.append([name, f"{label} step{'s' * (label > '1')}: {record[0]['scores'][label]['frechet']:.1f}"])
+        captions.append([name, f"{count(label, 'step')}: {record[0]['scores'][label]['frechet']:.1f}"])
     return np.concatenate([side_by_side(panels[i:i + 3], captions[i:i + 3]) for i in (0, 3)])
 
 
