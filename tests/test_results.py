@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import results
+from common.images import ticks
 from common.run import UserError
 from conftest import ROOT
 from results import (PANELS, WRITES, Runner, call, draw_best, draw_seconds, draw_sheet, make_rows, make_table,
@@ -83,6 +84,11 @@ def test_curves_are_of_seconds(tmp_path, monkeypatch):
                       "teacher: 50 steps, 1 seed": ([20.5, 360.5], [5, 5])}]
 
 
+def test_a_log_axis_has_three_numbers_at_least():
+    for low, high, found in ((6, 21, [6, 7, 8, 9, 10, 20]), (160, 1100, [200, 500, 1000]), (1, 150, [1, 10, 100])):
+        assert ticks(low, high, True) == found
+
+
 def test_the_sheet_shows_what_was_made(tmp_path):
     assert draw_sheet(tmp_path) is None
     (tmp_path / place_of("vp, cross", 0)).mkdir()
@@ -96,17 +102,17 @@ def test_the_sheet_shows_what_was_made(tmp_path):
 
 
 def test_the_best_are_drawn_with_their_scores(tmp_path):
-    for name, label in PANELS:
+    for i, (name, label) in enumerate(PANELS):
         put_record(tmp_path / "r", name, "objectives", 0, 20)
         record = json.loads(record_path(tmp_path / "r", name, 0).read_text())
         record["scores"] = {k: {"frechet": 20} for k in ("1", "2", "4", "50")}
         record_path(tmp_path / "r", name, 0).write_text(json.dumps(record))
         assert draw_best(read_records(tmp_path / "r"), tmp_path) is None
         (tmp_path / place_of(name, 0)).mkdir(exist_ok=True)
-        np.savez(tmp_path / place_of(name, 0) / f"{label}.npz", arr_0=np.zeros((60, 28, 28, 1), np.uint8))
+        np.savez(tmp_path / place_of(name, 0) / f"{label}.npz", arr_0=np.full((60, 28, 28, 1), i, np.uint8))
     picture = draw_best(read_records(tmp_path / "r"), tmp_path)
-    for row in np.split(picture, 2):
-        assert (row[:192] < 9).all(2).sum() == 3 * 60 * 28 * 28
+    for row, shades in zip(np.split(picture, 2), (range(3), range(3, 6))):
+        assert [(row[:192] == i).all(2).sum() for i in shades] == [60 * 28 * 28] * 3
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
