@@ -188,6 +188,8 @@ def make_rows():
         rows[f"linear student, {name}, {6 * step} iterations"] = Row("growth", (DATA, own), at)
     for seconds in (120, 360, 900):
         rows[f"linear map, {seconds} s"] = Row("families", (DATA, flow_map("lagrange", "", seconds)), STEPS)
+    for flags in ("decay_from 1000", "ema 0.995", "mu 0.1", "mu 0.5", "batch 64", "borders 0.3"):  # "linear map, 360 s"
+        rows[f"linear map --{flags}"] = Row("maps", (DATA, flow_map("lagrange", f"--{flags}")), STEPS)
 
     # Published rates, weights and critic's steps, in as many iterations as cost what 400 of sid do. Batch, Adam's
     # betas, averages and predictions are ours; the original project's student is its network's raw, guided output.
@@ -449,7 +451,7 @@ def make_table(records, group):
     rows = {name: mine for name, mine in rows.items() if mine}
     steps, usual = {count(k, "step"): k for k in ("1", "2", "4")}, (("frechet", 1), ("accuracy", 2), ("recall", 2))
     sixths = {**{f"{k}/6": k - 1 for k in range(1, 7)}, "10,000 samples": 6}
-    forms = {"summary": ({**steps, "50 steps": "50"}, usual), "objectives": (steps, usual),
+    forms = {"summary": ({**steps, "50 steps": "50"}, usual), "objectives": (steps, usual), "maps": (steps, usual),
              "growth": (sixths, (("frechet", 1), ("recall", 2))),
              "settings": ({"averages of 0.995": "1", "of 0.98": "1, average 0.98"}, usual)}
     return short(rows, *forms[group]) if group in forms else table(rows)
