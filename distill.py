@@ -121,7 +121,7 @@ class Head(torch.nn.Module):
 def discriminate(problem, critic, head, *batches):
     """Logits (B,) of each batch in turn, of what the critic's middle tokens show of it once it is noised."""
     noised = [problem.noised(b)[0] for b in batches]
-    return head(torch.cat([critic(b.x_t, b.t, b.y, b.x1 if problem.sees_x1 else None, middle=True) for b in noised]))
+    return head(torch.cat([critic(b.x_t, b.t, b.y, *[b.x1] * problem.sees_x1, middle=True) for b in noised]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def parse_flags():
         "in the student's loss (with --cfg_scale: SiD's long and short guidance)")
     add = parser.group("student and critic")
     add("--t_init", type=number(float, 0, 1, open_low=True), default=None, help=f"time at which the student starts "
-        f"(where s/alpha = {START_RATIO}: 0.714 on the linear path; a flow map's own)")
+        f"(where s/alpha = {START_RATIO}: 0.714 on the linear path; where it is a flow map, that one's own start)")
     add("--student_steps", type=number(int, 1), default=1, help="steps K of the student: it maps x_t at K times, "
         "evenly from --t_init down to --t_init / K, to data, and is re-noised in between")
     add("--k_psi", type=number(int, 1), default=1, help="critic steps an iteration")
@@ -284,8 +284,8 @@ def parse_flags():
     add("--keep", type=number(int, 0), default=5, help="numbered checkpoints that stay: the newest, and every tenth; "
         "0 keeps all")
     add = parser.group("real data")
-    add("--data", default=None, help="real data, for the flags below and for bridges (a bridge takes its teacher's); "
-        "as in train_teacher.py")
+    add("--data", default=None, help="real data, for the flags below, --flow_row and bridges (which take their "
+        "teacher's); as in train_teacher.py")
     add("--real_alpha", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's alpha in (0, 1]: below "
         "1 the critic also learns from real data")
     add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]; "
@@ -334,8 +334,8 @@ def check_real(args, config):
     if (changed or args.gan_weight) and args.data is None and not kind:
         raise UserError(f"{flag}: needs real data; add --data")
     if args.data and not kind and not changed and not args.gan_weight and not flow:
-        raise UserError(f"--data {args.data}: nothing uses it; add --real_alpha, --real_beta or --gan_weight, or "
-                        "leave it out")
+        raise UserError(f"--data {args.data}: nothing uses it; add --real_alpha, --real_beta, --gan_weight or "
+                        "--flow_weight with a row that needs data, or leave it out")
     if args.flow_weight and ROWS[args.flow_row].first == "data" and args.cfg_scale != 1:
         raise UserError(f"--cfg_scale {args.cfg_scale:g}: --flow_row {args.flow_row} knows no guidance; leave it out")
     if flow and args.data is None and not kind:

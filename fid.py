@@ -4,7 +4,7 @@
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,precision,recall --json score.json
     python fid.py mnist --save_stats mnist_stats.npz  # once; later: python fid.py FOLDER mnist_stats.npz
     torchrun --nproc_per_node=8 fid.py out/student.pt cifar10 --samples 50000
-    python fid.py out/student.pt digits --sweep average=0.999,0.9999 labels=balanced,random   # a table of all four
+    python fid.py out/student.pt digits --sweep average=0.999,0.9999 labels=balanced,uniform   # a table of all four
 
 SAMPLES and REFERENCE are each a folder of images, an .npz of images (arr_0, images or x_train), an .npz of statistics
 (mu, sigma), a data set's name or a checkpoint. Metrics go to stdout, one a line; progress goes to stderr.

@@ -30,9 +30,9 @@ from sample import add_teacher_flags, choose_labels, column_names, generate, hol
 class Row(NamedTuple):
     """A method. lam: where the legs meet: mu, 1-mu, random or a number; first, second: who makes them (LEGS); times:
     which (t, r) are drawn (TIMES), with shares `borders` of t = 1 and of r = 0; diagonal: share of rows with r = t,
-    which learn the teacher's prediction; power: of the loss that it is divided by; tangent: finite legs, or jvp, their
-    limit mu -> 0; mu: the short leg's share of the step, over which the teacher's prediction stands for its ODE, so
-    that the fixed point is off in proportion; solver_steps: of the solver's leg."""
+    which learn the teacher's prediction, of first `data` the data; power: of the loss that it is divided by; tangent:
+    finite legs, or jvp, their limit mu -> 0; mu: the short leg's share of the step, over which the teacher's prediction
+    stands for its ODE, so that the fixed point is off in proportion; solver_steps: of the solver's leg."""
     lam: str
     first: str
     second: str
@@ -147,7 +147,7 @@ def map_weight(problem, t, ndim):
 
 def map_loss(problem, row, legs, net, trip):
     """The trajectory loss of net on these rows, (B,): w(t) |out - convert(X_tgt)|^2 / stopgrad(. + 1e-3)^power, with
-    the teacher's prediction as X_tgt where r = t."""
+    the teacher's prediction as X_tgt where r = t, but for rows from data."""
     b, stay = trip.b, send(trip.stay.nonzero()[:, 0], trip.b.t.device)
     out = problem.call(net, b)  # (B,C,H,W)
     X = convert(problem, out.detach().float(), "data", b)
@@ -240,9 +240,9 @@ def parse_flags():
         "row's)")
     add("--second", type=one_of(LEGS[:-1]), default=None, help="who makes the second leg: no data (the row's)")
     add("--times", type=one_of(TIMES), default=None, help=", ".join(TIMES) + " (the row's); start and ends need no "
-        "data")
+        "data (bridges do)")
     add("--diagonal", type=number(float, 0, 1), default=None, help="share of rows with r = t, which learn the "
-        "teacher's prediction (the row's)")
+        "teacher's prediction, with --first data the data (the row's)")
     add("--power", type=number(float, 0), default=None, help="p of loss / stopgrad(loss + 0.001)^p (the row's)")
     add("--tangent", type=one_of(("finite", "jvp")), default=None, help="finite legs, or jvp: their limit mu -> 0 by "
         "forward-mode derivatives (the row's)")

@@ -8,9 +8,9 @@ SiT and DiT weights.
 
 A network of your own takes SiT's place in build_model. It is called as above, by position up to x1, and takes the
 arguments x1 and r by these names where a bridge or a flow map needs them; `channels` and `num_classes` are read, a true
-`reference_channels` says that it reads x1, `grad_checkpoint` is set, a discriminator (distill.py --gan_weight) calls it
-with middle=True for tokens (B,T,width), and a frozen teacher's Linear and Conv2d outside `final_layer` are rounded to
-bf16 on a card. build_model checks it.
+`reference_channels` says that it reads x1, `grad_checkpoint` is set; build_model checks these. A discriminator
+(distill.py --gan_weight) reads `width` and calls it with middle=True for tokens (B,T,width), and a frozen teacher's
+Linear and Conv2d outside `final_layer` are rounded to bf16 on a card.
 """
 import copy
 import inspect

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import checksum, download, locked, read_record, reading, write_record
+from common.files import checksum, describe_files, download, locked, read_record, reading, write_record
 from common.images import (DEGRADATIONS, check_degradation, degrade, image_files, image_header, read_image, read_npz,
                            resize_images, send, to_device)
 from common.run import UserError, check_writable, draw_noise, generator, in_turn, progress
@@ -175,7 +175,7 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     result by a fingerprint of names, lengths and times."""
     listed = files, _, classes = list_folder(folder)
     size = size or next((min(header[:2]) for header in map(image_header, files) if header), 1)  # of the first
-    listing = repr([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [size])
+    listing = repr(describe_files(files, folder) + [size])
     name = f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     cache = pathlib.Path(data_dir, name)
 

@@ -609,7 +609,7 @@ def plan(args):
 COMMANDS = {"iteration": iteration, "maps": maps, "sampling": sampling, "fid": fid_bench, "antithetic": antithetic,
             "blocks": blocks, "plan": plan, "scale": scale, "limit": limit, "errors": errors}
 FLAGS = {"model": "SiT-XS/4", "side": 28, "channels": 1, "batch": 64, "iterations": 6, "rounds": 3,
-         "images": 2000,  # of limit, and of each side in the whole fid command
+         "images": 2000,  # of limit, errors, and of each side in the whole fid command
          "ckpt": "out/teacher.pt",  # of limit, errors
          "data": "digits",  # of errors
          "models": "SiT-S/2,SiT-B/2,SiT-XL/2",  # of scale

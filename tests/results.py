@@ -52,12 +52,11 @@ class Stage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """group: of docs/results.md. stages: the last is scored. samples: label -> flags of sample.py, or without stages a
-    file. n: samples, where these flags do not say otherwise. data: what they are scored against."""
+    """group: of docs/results.md. stages: the last is scored. samples: label -> flags of sample.py (2,000 samples, where
+    they do not say otherwise), or without stages a file. data: what they are scored against."""
     group: str
     stages: tuple
     samples: dict
-    n: int = 2000
     data: str = "{data}"
 
 
@@ -337,7 +336,7 @@ class Runner:
             log.unlink(missing_ok=True)
             if row.stages:
                 words = ["sample.py", "--ckpt", str(folders[-1] / WRITES[row.stages[-1].script]), "--n",
-                         str(max(50, round(row.n * min(1, self.args.scale)))), "--seed", "1", "--batch", "50",
+                         str(max(50, round(2000 * min(1, self.args.scale)))), "--seed", "1", "--batch", "50",
                          "--device", "cpu", *(word.format(out=folders[-1], **self.names) for word in flags.split())]
                 call([*words, "--out", str(files[-1])], log)
                 call([*words, "--n", "40", "--out", str(files[-1].with_suffix(".png"))], log)
@@ -499,8 +498,8 @@ def draw_made(out, name, label, n, columns):
 
 
 def draw_best(records, out):
-    """The same sixty samples by `sid`, `lagrange` and one after the other, seed 0, where they were made -> a picture or
-    None."""
+    """The same sixty samples by the teacher, `sid`, `lagrange` and one after the other, seed 0, where they were made ->
+    a picture or None."""
     panels, captions = [], []
     for name, label in PANELS:
         panels.append(draw_made(out, name, label, 60, 10))

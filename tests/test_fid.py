@@ -442,7 +442,6 @@ def test_a_checkpoint_is_sampled_on_the_fly(run, record, quick, small_teacher, m
     assert found["reference"]["image_size"] == 8  # as the checkpoint's, not the data set's own 24
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="nothing here tells the memory in use")
 def test_inception_alone_is_exact():
     """Samples are made with TF32, which fid.py's whole process may use."""
     seen, now = [], lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
@@ -460,6 +459,7 @@ def test_inception_alone_is_exact():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="nothing here tells the memory in use")
 def test_memory_does_not_grow_with_the_number_of_images(quick):
     """1,600 images of 12 KiB and their features of 4 KiB are nowhere kept."""
     np.savez("many.npz", arr_0=np.zeros((2000, 64, 64, 3), np.uint8))

@@ -76,7 +76,7 @@ def setting(path, n=24, to_zero=0.25, dtype=torch.float64):
     return problem, b._replace(r=r)
 
 
-def trip_of(problem, row, b, lam=None):
+def trip_of(problem, row, b):
     lam = {"mu": row.mu, "1-mu": 1 - row.mu, "random": 0.37}.get(row.lam) or float(row.lam)
     s = b.t - lam * (b.t - b.r)
     return Trip(b, s, leg_weight(problem, b.t, s, b.r), b.t == b.r)

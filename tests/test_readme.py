@@ -142,7 +142,7 @@ def test_the_project_speaks_of_itself_alone():
 
 
 def test_the_house():
-    """Arrows point upwards only, lines end at 120 columns, and importing a file does nothing."""
+    """Arrows point upwards only, lines end at 120 columns."""
     order = ["interpolants", "common.run", "common.files", "common.images", "common.data", "model",
              "common.autoencoder", "sample", "train_teacher", "flow_map", "distill", "fid"]
     stages = {"train_teacher", "flow_map", "distill", "fid"}
