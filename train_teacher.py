@@ -82,9 +82,10 @@ def parse_flags():
 def check_flags(args, defaults):
     _, patch = parse_name(args.model)
     noisy = FAMILIES[args.interpolant].noisy
-    if args.pairs and (noisy or args.vae or args.image_size or args.unconditional or args.flip):
-        raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --image_size, --vae, "
-                        "--unconditional, --flip, bridges and other paths with gamma out")
+    if args.pairs and (noisy or args.vae or args.image_size or args.unconditional or args.flip
+                       or args.data != defaults["data"]):
+        raise UserError(f"--pairs {args.pairs}: has its own images, labels and noise; leave --data, --image_size, "
+                        "--vae, --unconditional, --flip, bridges and other paths with gamma out")
     args.data = args.pairs or args.data
     if args.cache_latents and args.skip_broken:
         raise UserError("--skip_broken: --cache_latents encodes every image; leave it out, mend or overwrite broken "

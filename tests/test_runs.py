@@ -1026,8 +1026,9 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
         ("--antithetic", "without --interpolant bridge"), ("--gamma_scale 2", "--gamma_scale 2.0: does nothing"),
         ("--interpolant bridge --reference noise --antithetic --batch 5", ("--batch 5", "4 does")),
         ("--cache_latents x --skip_broken", "--skip_broken"), ("--cache_latents x", ("--vae", "--image_size")),
-        ("--pairs {images}", ("--pairs", "holds no noise")), ("--pairs none.npz", "none.npz"),
-        ("--pairs {images} --image_size 8", "--pairs")]),
+        ("--pairs {images} --data digits", ("--pairs", "holds no noise")), ("--pairs {images}", "leave --data"),
+        ("--pairs none.npz --data digits", "--pairs none.npz: "),
+        ("--pairs {images} --data digits --image_size 8", "leave --data, --image_size")]),
     "distill": ("--teacher_ckpt {teacher} --device cpu --out run", [
         ("--objective fgm", ("--objective fgm", "gap, cross, sid, dmd")), ("--grad half", "full, stop"),
         ("--units noise", "velocity, data"), ("--weight l2", "uniform, l1"), ("--kappa x", "--kappa x: must be a num"),
