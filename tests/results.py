@@ -189,8 +189,9 @@ def make_rows():
         rows[f"linear map, {seconds} s"] = Row("families", (DATA, flow_map("lagrange", "", seconds)), STEPS)
     for flags in ("decay_from 1000", "ema 0.995", "batch 64", "mu 0.1", "mu 0.03"):  # beside "linear map, 360 s"
         rows[f"linear map --{flags}"] = Row("maps", (DATA, flow_map("lagrange", f"--{flags}")), STEPS)
-    for seconds in (120, 900):
-        rows[f"linear map --mu 0.1, {seconds} s"] = Row("maps", (DATA, flow_map("lagrange", "--mu 0.1", seconds)), STEPS)
+    for mu, seconds in ((0.1, 120), (0.1, 900), (0.03, 900)):
+        own = flow_map("lagrange", f"--mu {mu}", seconds)
+        rows[f"linear map --mu {mu}, {seconds} s"] = Row("maps", (DATA, own), STEPS)
 
     # Published rates, weights and critic's steps, in as many iterations as cost what 400 of sid do. Batch, Adam's
     # betas, averages and predictions are ours; the original project's student is its network's raw, guided output.
