@@ -134,6 +134,9 @@ def make_rows():
     for lr in ("2e-4", "6e-4"):
         rows[f"first command, student, lr {lr}"] = Row("first", (first, student("", None, 300, lr=float(lr))), ONE,
                                                        data="digits")
+    for mu in (0.1, 0.3):
+        own = Stage("flow_map", f"--teacher_ckpt {{0}} --data digits --mu {mu}", None, 600)
+        rows[f"first command, map --mu {mu}"] = Row("first", (first, own), STEPS, data="digits")
     other = first._replace(flags="--prediction velocity")
     rows["first command, velocity teacher"] = Row("first", (other,), {"50": ""}, data="digits")
 
