@@ -42,7 +42,8 @@ class Objective(NamedTuple):
     b: float = 1.0
 
 
-OBJECTIVES = {  # what a row sets, the flags of these names override
+KNOBS = ("kappa", "grad", "weight", "units", "real_alpha", "real_beta")  # the flags of an Objective's fields
+OBJECTIVES = {  # what a row sets, its flags override
     "gap": Objective(1.0, "full", "uniform", "velocity"),  # UID; FGM as written (arXiv:2410.19310)
     "cross": Objective(1.0, "stop", "uniform", "velocity"),  # Diff-Instruct (arXiv:2305.18455); 2/t on D in data units
     "sid": Objective(2 * (1 - 1.2), "full", "l1", "data"),  # SiD, a = 1.2 (arXiv:2404.04057, eq. 23)
@@ -249,8 +250,8 @@ def parse_flags():
     parser = Parser(__doc__)
     add_teacher_flags(parser)
     add = parser.group("objective")
-    add("--objective", type=one_of(OBJECTIVES), default="sid", help=", ".join(OBJECTIVES) + ": a row of the four "
-        "flags below")
+    add("--objective", type=one_of(OBJECTIVES), default="sid", help=", ".join(OBJECTIVES) + ": a row of the flags "
+        "that say so")
     add("--kappa", type=number(float, -100, 100), default=None, help="factor of |D|^2 (the objective's)")
     add("--grad", type=one_of(("full", "stop")), default=None, help="full or stop (the objective's)")
     add("--weight", type=one_of(WEIGHTS), default=None, help="uniform, or l1 = 1/mean|x0 - x0*| per sample "
@@ -286,10 +287,10 @@ def parse_flags():
     add = parser.group("real data")
     add("--data", default=None, help="real data, for the flags below, --flow_row and bridges (which take their "
         "teacher's); as in train_teacher.py")
-    add("--real_alpha", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's alpha in (0, 1]: below "
-        "1 the critic also learns from real data")
-    add("--real_beta", type=number(float, 0, 1, open_low=True), default=1.0, help="RealUID's beta in (0, 1]; "
-        "its authors' code keeps beta / alpha at 0.98 or 1.02")
+    add("--real_alpha", type=number(float, 0, 1, open_low=True), default=None, help="RealUID's alpha in (0, 1]: below "
+        "1 the critic also learns from real data (the objective's)")
+    add("--real_beta", type=number(float, 0, 1, open_low=True), default=None, help="RealUID's beta in (0, 1]; its "
+        "authors' code keeps beta / alpha at 0.98 or 1.02 (the objective's)")
     add("--gan_weight", type=number(float, 0), default=0.0, help="weight of an adversarial loss on real data in the "
         "student's loss; 0 = off")
     add("--gan_critic_weight", type=number(float, 0, open_low=True), default=None, help="its weight in the critic's "
@@ -299,15 +300,19 @@ def parse_flags():
     add("--gan_from", type=number(int, 0), default=0, help="iteration at which the adversarial loss starts")
     add_run_flags(parser, iters=300, lr=3e-4, warmup=0, decay_from=0, log_every=10, sample_every=100)
     args, defaults = parser.parse_args(), vars(parser.parse_args([]))
-    for knob in ("kappa", "grad", "weight", "units"):
+    for knob, value in zip(KNOBS, OBJECTIVES[args.objective]):
         if getattr(args, knob) is None:
-            setattr(args, knob, getattr(OBJECTIVES[args.objective], knob))
+            setattr(args, knob, value)
     args.critic_lr = args.critic_lr or 2 * args.lr
     check_idle(args, {**defaults, "kappa": OBJECTIVES[args.objective].kappa}, (
         ("cfg_interval", "--cfg_scale", args.cfg_scale != 1), ("kappa", "--grad full", args.grad == "full"),
         ("reuse_samples", "--k_psi above 1", args.k_psi > 1), ("flow_row", "--flow_weight", args.flow_weight > 0),
         *((flag, "--gan_weight", args.gan_weight > 0) for flag in ("gan_critic_weight", "gan_lr", "gan_from"))))
     return args, defaults
+
+
+def make_objective(args):
+    return Objective(*(getattr(args, knob) for knob in KNOBS))
 
 
 def check_objective(problem, objective):
@@ -371,7 +376,7 @@ def open_teacher(args, device):
     if config.get("pairs"):
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: learnt on pairs, whose noise belongs to its images, the "
                         "gap draws its own; distill it by flow_map.py")
-    check_objective(problem, Objective(args.kappa, args.grad, args.weight, args.units))
+    check_objective(problem, make_objective(args))
     check_real(args, config)
     if kind == "unpaired" and args.flow_weight:
         raise UserError(f"--flow_weight {args.flow_weight:g}: an unpaired bridge knows no velocity; leave it out")
@@ -439,7 +444,7 @@ def main():
     state = run.resume("resume.pt", load_checkpoint, ("student", "critic", "averages", "optimizers", "teacher"))
     stream, made_with = open_for(teacher, args, run, config, state)
     decode, times = decoder(args.vae, config, device, needed=False), config["student"]["times"]
-    objective = Objective(args.kappa, args.grad, args.weight, args.units, args.real_alpha, args.real_beta)
+    objective = make_objective(args)
 
     players, step, first = make_players(args, config, teacher, first), 0, None  # let go of, too
     G, psi, head, averages = players
@@ -516,16 +521,16 @@ def main():
                 run.add(critic_loss=loss)
             run.descend(step, critic_norm=psi, **{"head_norm": head} if adversarial else {})
 
-        # The student descends the gap: dL/dx0 through the frozen networks, then on through its own graph.
+        # The student descends the gap, through the frozen networks and on through its own graph.
         for k in range(args.k_G):
             if k > 0:
                 start = draw_start(problem, stream, G.net, upto, step, "student", k)
             fake = renoise(problem, start, stream.draw(step, "gap", k))
             trip = draw_flow(problem, row, flow_stream, step, k) if args.flow_weight else None
-            for rows in run.pieces(G, held=[psi.net]):
+            for rows in run.pieces(G, held=[one.net for one in (psi, head) if one]):
                 if k > 0 or args.accum > 1:
                     x0 = problem.data(G.wrapped, start.rows(rows))
-                b = fake.rows(rows)._replace(x0=x0.detach().requires_grad_())
+                b = fake.rows(rows)._replace(x0=x0)
                 loss, D2 = student_loss(problem, objective, v_star, v_psi, b)
                 total = loss.mean()
                 if adversarial:
@@ -533,12 +538,11 @@ def main():
                     total = total + args.gan_weight * fooled
                     run.add(fooled=fooled)
                 run.add(student_loss=loss.mean(), D2=D2.mean())
-                ends, slopes = [x0], [torch.autograd.grad(total / args.accum, b.x0)[0]]
-                if trip:  # and the trajectory loss
-                    ends += [map_loss(problem, row, legs, G.wrapped, trip.rows(rows)).mean()]
-                    slopes += [torch.full_like(ends[1], args.flow_weight / args.accum)]
-                    run.add(flow_loss=ends[1])
-                torch.autograd.backward(ends, slopes)  # once: processes average their gradients in it
+                if trip:
+                    flow_loss = map_loss(problem, row, legs, G.wrapped, trip.rows(rows)).mean()
+                    total = total + args.flow_weight * flow_loss
+                    run.add(flow_loss=flow_loss)
+                (total / args.accum).backward()  # once: processes average their gradients in it
             run.descend(step, student_norm=G)
 
         step += 1

@@ -356,8 +356,8 @@ class Sampler(NamedTuple):
 def time_grid(problem, steps):
     """steps intervals -> (steps+1,) float64 times from 1 down to 0. Starts at 0.999 where the prediction says nothing
     of the velocity or the data at t = 1 (noise on the linear path, or gamma' there); it always ends at 0, where no
-    solver evaluates the network. Bridges whose networks see x1 get sin^2(pi u / 2), u uniform: gamma' is infinite at
-    both ends in t, but not in u."""
+    solver evaluates the network. Paths with gamma get sin^2(pi u / 2), u uniform: gamma' is infinite at both ends in t,
+    but not in u."""
     if int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
     one = torch.ones(1, 1, dtype=torch.float64)
@@ -365,7 +365,7 @@ def time_grid(problem, steps):
     v, x0 = (convert(problem, one, name, b).abs() for name in ("velocity", "data"))  # 1e16 on gvp: its cos is not 0
     regular = bool(((v < 1e6) & (x0 < 1e6) & known(problem, b.t).ds.isfinite()).all())
     start = 1.0 if regular else 1 - 1e-3
-    if problem.sees_x1:
+    if problem.path.noisy:
         u = torch.linspace(2 / math.pi * math.asin(start ** 0.5), 0, int(steps) + 1, dtype=torch.float64)
         return (math.pi / 2 * u).sin() ** 2
     return torch.linspace(start, 0, int(steps) + 1, dtype=torch.float64)
@@ -395,7 +395,7 @@ def solve(problem, net, b, sampler, noise=None):
     """
     if sampler.solver not in SOLVERS:
         raise ValueError(f"unknown solver {sampler.solver!r}: choose from {', '.join(SOLVERS)}")
-    grid, path, solver, in_u = time_grid(problem, sampler.steps), problem.path, sampler.solver, problem.sees_x1
+    grid, path, solver, in_u = time_grid(problem, sampler.steps), problem.path, sampler.solver, problem.path.noisy
     in_s = bool((known(problem, torch.linspace(0.1, 0.9, 9)).dalpha == 0).all())
     clock = 2 / math.pi * grid.sqrt().asin() if in_u else coefficients(path, grid).s if in_s else grid
 

@@ -101,11 +101,10 @@ def check_flags(args, defaults):
     if args.image_size and not args.vae and args.image_size % patch:
         raise UserError(f"--image_size {args.image_size}: not a multiple of the patch size {patch} of --model "
                         f"{args.model}")
-    bridge = args.interpolant == "bridge"
-    if bridge and args.reference is None:
-        raise UserError(f"--interpolant bridge: needs --reference, what it starts from ({', '.join(DEGRADATIONS)}, "
-                        "paired.npz, another data set, or noise)")
-    check_idle(args, defaults, [(flag, "--interpolant bridge", bridge) for flag in (
+    if noisy and args.reference is None:
+        raise UserError(f"--interpolant {args.interpolant}: needs --reference, what it starts from ("
+                        f"{', '.join(DEGRADATIONS)}, paired.npz, another data set, or noise)")
+    check_idle(args, defaults, [(flag, "--interpolant bridge", noisy) for flag in (
         "reference", "gamma_scale", "antithetic")])
     known = ("data", "edm") if FAMILIES[args.interpolant].scale_input else PREDICTIONS
     if args.prediction not in (None, *known):
@@ -171,7 +170,7 @@ def configure(args, problem, data, reference):
         config.update(classes=list(data.classes), class_counts=counts.tolist())
     if data.latent:
         config["latent"] = {"autoencoder": data.latent["autoencoder"], "image_size": data.latent["image_size"]}
-    if args.interpolant == "bridge":
+    if problem.path.noisy:
         config["gamma_scale"] = args.gamma_scale
     return config
 
