@@ -40,7 +40,7 @@ class Row(NamedTuple):
     diagonal: float = 0.0
     power: float = 0.0
     tangent: str = "finite"
-    mu: float = 0.3
+    mu: float = 0.1
     borders: float = 0.15
     solver_steps: int = 8
 

@@ -134,9 +134,9 @@ def make_rows():
     for lr in ("2e-4", "6e-4"):
         rows[f"first command, student, lr {lr}"] = Row("first", (first, student("", None, 300, lr=float(lr))), ONE,
                                                        data="digits")
-    for mu in (0.1, 0.3):
-        own = Stage("flow_map", f"--teacher_ckpt {{0}} --data digits --mu {mu}", None, 600)
-        rows[f"first command, map --mu {mu}"] = Row("first", (first, own), STEPS, data="digits")
+    for flags in ("", " --mu 0.3"):
+        own = Stage("flow_map", f"--teacher_ckpt {{0}} --data digits{flags}", None, 600)
+        rows[f"first command, map{flags}"] = Row("first", (first, own), STEPS, data="digits")
     other = first._replace(flags="--prediction velocity")
     rows["first command, velocity teacher"] = Row("first", (other,), {"50": ""}, data="digits")
 
@@ -190,11 +190,10 @@ def make_rows():
         rows[f"linear student, {name}, {6 * step} iterations"] = Row("growth", (DATA, own), at)
     for seconds in (120, 360, 900):
         rows[f"linear map, {seconds} s"] = Row("families", (DATA, flow_map("lagrange", "", seconds)), STEPS)
-    for flags in ("decay_from 1000", "ema 0.995", "batch 64", "mu 0.1", "mu 0.03"):  # beside "linear map, 360 s"
-        rows[f"linear map --{flags}"] = Row("maps", (DATA, flow_map("lagrange", f"--{flags}")), STEPS)
-    for mu, seconds in ((0.1, 120), (0.1, 900), (0.03, 900)):
-        own = flow_map("lagrange", f"--mu {mu}", seconds)
-        rows[f"linear map --mu {mu}, {seconds} s"] = Row("maps", (DATA, own), STEPS)
+    for flags, seconds in (*(("mu 0.3", s) for s in (120, 360, 900)), ("mu 0.03", 360), ("mu 0.03", 900), *(
+            (f"mu 0.3 --{flag}", 360) for flag in ("decay_from 1000", "ema 0.995", "batch 64"))):
+        own = flow_map("lagrange", f"--{flags}", seconds)
+        rows[f"linear map --{flags}, {seconds} s"] = Row("maps", (DATA, own), STEPS)
 
     # Published rates, weights and critic's steps, in as many iterations as cost what 400 of sid do. Batch, Adam's
     # betas, averages and predictions are ours; the original project's student is its network's raw, guided output.
