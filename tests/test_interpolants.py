@@ -190,8 +190,8 @@ def test_ode_carries_the_reference_to_the_data(row, prediction, solver, steps):
 @pytest.mark.parametrize("row", ["gvp", "bridge"])
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_orders_of_the_solvers(row, solver, order):
-    """On gvp, smooth in t, and a bridge from noise, smooth in u, halving the step divides the error by 2^order (the last
-    interval's end is of order 2)."""
+    """On gvp, smooth in t, and a bridge from noise, smooth in u, halving the step divides the error by 2^order (the
+    last interval's end is of order 2)."""
     problem, noise, errors = Problem(FAMILIES[row]), draw(4, 1, 1, 1), []
     net = gaussian(problem, MEAN, STD)
     for steps in (20, 40):  # from alpha(1) = 0

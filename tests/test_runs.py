@@ -597,7 +597,8 @@ def test_nobody_learns_from_anothers_loss(run, images, flags, tmp_path, monkeypa
         found.append([i for i, net in enumerate(nets) if any(p.grad is not None for p in net.parameters())])
         return step(self, *rest)
     monkeypatch.setattr(Trained, "step", spy)
-    run("distill", *flags["distill"], "--data", images, "--gan_weight", 0.1, "--k_G", 2, "--iters", 2, "--out", tmp_path)
+    more = "--data", images, "--gan_weight", 0.1, "--k_G", 2, "--iters", 2
+    run("distill", *flags["distill"], *more, "--out", tmp_path)
     assert len(nets) == 3 and found[-4:] == [[0, 1], [1], [2], [2]]
 
 
