@@ -40,14 +40,14 @@ class Row(NamedTuple):
     diagonal: float = 0.0
     power: float = 0.0
     tangent: str = "finite"
-    mu: float = 0.1
+    mu: float = 0.3
     borders: float = 0.15
     solver_steps: int = 8
 
 
 ROWS = {  # what a row sets, the flags of these names override
-    "lagrange": Row("1-mu", "student", "teacher"),  # LMD (arXiv:2406.07507), AYF-LMD (arXiv:2506.14603)
-    "freeflow": Row("1-mu", "student", "teacher", "start"),  # BOOT (arXiv:2306.05544), FreeFlow (arXiv:2511.19428)
+    "lagrange": Row("1-mu", "student", "teacher", mu=0.1),  # LMD (arXiv:2406.07507), AYF-LMD (arXiv:2506.14603)
+    "freeflow": Row("1-mu", "student", "teacher", "start", mu=0.1),  # BOOT (arXiv:2306.05544), FreeFlow (2511.19428)
     "euler": Row("mu", "teacher", "student"),  # EMD (arXiv:2406.07507), AYF-EMD (arXiv:2506.14603)
     "consistency": Row("mu", "teacher", "average", "end"),  # arXiv:2303.01469; sCD as mu -> 0 (arXiv:2410.11081)
     "shortcut": Row("0.5", "average", "average", diagonal=0.25),  # arXiv:2410.12557; PSD (arXiv:2505.18825)
