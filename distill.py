@@ -254,7 +254,7 @@ def parse_flags():
         "that say so")
     add("--kappa", type=number(float, -100, 100), default=None, help="factor of |D|^2 (the objective's)")
     add("--grad", type=one_of(("full", "stop")), default=None, help="full or stop (the objective's)")
-    add("--weight", type=one_of(WEIGHTS), default=None, help="uniform, or l1 = 1/mean|x0 - x0*| per sample "
+    add("--weight", type=one_of(WEIGHTS), default=None, help=", ".join(WEIGHTS) + " = 1/mean|x0 - x0*| per sample "
         "(the objective's)")
     add("--units", type=one_of(("velocity", "data")), default=None, help="velocity or data (the objective's)")
     add("--t_min", type=number(float, 0, 1, open_low=True), default=None, help="smallest time of the losses (s/alpha = "
