@@ -389,7 +389,7 @@ def solve(problem, net, b, sampler, noise=None):
     noise(i) -> (B,C,H,W) for step i.
 
     Velocities step in the clock that is regular: s where alpha is constant (ve), whose t only labels the noise level,
-    as EDM does (arXiv:2206.00364, algorithm 1); u = 2/pi asin(sqrt(t)) for bridges; else t. The last interval
+    as EDM does (arXiv:2206.00364, algorithm 1); u = 2/pi asin(sqrt(t)) where there is gamma; else t. The last interval
     ends at t = 0, where s = 0 makes a velocity meaningless on several rows: it returns the data prediction, which on
     the linear path is the Euler step.
     """

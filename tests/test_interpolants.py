@@ -163,7 +163,7 @@ def test_steps_are_intervals_and_begin_where_the_velocity_exists(row):
         assert len(seen) == calls and min(seen) > 0
     for problem in (Problem(FAMILIES[row], prediction) for prediction in PREDICTIONS):
         grid = time_grid(problem, 7)
-        assert len(grid) == 8 and grid[-1] == 0 and min(abs(grid[0] - 1), abs(grid[0] - 0.999)) < 1e-12
+        assert len(grid) == 8 and grid[-1] == 0 and min(abs(grid[0] - 1), abs(grid[0] - 0.999)) < 1e-15
         v = convert(problem, x, "velocity", Batch(t=grid[:1].expand(2), x_t=2 * x))
         assert bool((v.abs() < 1e5).all())  # on gvp cos(pi/2) is not quite 0
 
