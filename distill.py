@@ -31,18 +31,17 @@ from sample import (add_teacher_flags, column_names, holds_data, is_flow_map, lo
 
 
 class Objective(NamedTuple):
-    """The knobs of   a kappa |D|^2 + 2 <D, a psi - b target>   in `units`, times w. Under grad `stop` the gradient
-    reaches the student through the target alone and kappa means nothing. a, b: RealUID's alpha and beta, 1 without
-    real data."""
+    """The knobs of   a kappa |D|^2 + 2 <D, a psi - b target>   in `units`, times w, each a flag. Under grad `stop` the
+    gradient reaches the student through the target alone and kappa means nothing. a, b: real_alpha and real_beta,
+    RealUID's, 1 without real data."""
     kappa: float
     grad: str  # full or stop
     weight: str  # uniform or l1
     units: str  # velocity or data
-    a: float = 1.0
-    b: float = 1.0
+    real_alpha: float = 1.0
+    real_beta: float = 1.0
 
 
-KNOBS = ("kappa", "grad", "weight", "units", "real_alpha", "real_beta")  # the flags of an Objective's fields
 OBJECTIVES = {  # what a row sets, its flags override
     "gap": Objective(1.0, "full", "uniform", "velocity"),  # UID; FGM as written (arXiv:2410.19310)
     "cross": Objective(1.0, "stop", "uniform", "velocity"),  # Diff-Instruct (arXiv:2305.18455); 2/t on D in data units
@@ -79,10 +78,11 @@ def student_loss(problem, objective, teacher, critic, b):
         star, psi = problem.call(teacher, b), problem.call(critic, b)
         psi_u = convert(problem, psi, objective.units, b)
         D = convert(problem, star, objective.units, b) - psi_u
-    e = objective.a * psi_u - objective.b * (velocity if objective.units == "velocity" else b.x0)
+    alpha, beta = objective.real_alpha, objective.real_beta
+    e = alpha * psi_u - beta * (velocity if objective.units == "velocity" else b.x0)
     with torch.no_grad():
         w = WEIGHTS[objective.weight](b.x0, convert(problem, star, "data", b), b.t)
-    return gap_loss(D, e, objective.a * objective.kappa, w), D.detach().square().flatten(1).mean(1)
+    return gap_loss(D, e, alpha * objective.kappa, w), D.detach().square().flatten(1).mean(1)
 
 
 def critic_loss(problem, objective, critic, fake, real=None):
@@ -93,7 +93,7 @@ def critic_loss(problem, objective, critic, fake, real=None):
 
     in `units`, weighted so that a = b = 1 has the gradient of the regression loss, and without the terms that are free
     of v_psi, so that v* drops out: with D = v* - v_psi, p |v_psi|^2 - 2 q <v_psi, I'> is left of each expectation."""
-    a, b, units = objective.a, objective.b, objective.units
+    a, b, units = objective.real_alpha, objective.real_beta, objective.units
     if a == b == 1:
         return regression_loss(problem, critic, fake)
     loss = 0
@@ -300,7 +300,7 @@ def parse_flags():
     add("--gan_from", type=number(int, 0), default=0, help="iteration at which the adversarial loss starts")
     add_run_flags(parser, iters=300, lr=3e-4, warmup=0, decay_from=0, log_every=10, sample_every=100)
     args, defaults = parser.parse_args(), vars(parser.parse_args([]))
-    for knob, value in zip(KNOBS, OBJECTIVES[args.objective]):
+    for knob, value in OBJECTIVES[args.objective]._asdict().items():
         if getattr(args, knob) is None:
             setattr(args, knob, value)
     args.critic_lr = args.critic_lr or 2 * args.lr
@@ -312,7 +312,7 @@ def parse_flags():
 
 
 def make_objective(args):
-    return Objective(*(getattr(args, knob) for knob in KNOBS))
+    return Objective(*(getattr(args, knob) for knob in Objective._fields))
 
 
 def check_objective(problem, objective):
@@ -506,7 +506,7 @@ def main():
                 with precision(device), torch.no_grad():
                     made = made._replace(x0=problem.data(G.net, made))
             fake, real = renoise(problem, made, stream.draw(step, "critic", k)), None
-            if adversarial or min(objective.a, objective.b) < 1:
+            if adversarial or min(objective.real_alpha, objective.real_beta) < 1:
                 real = renoise(problem, stream.draw_data(step, "real", k), stream.draw(step, "real noise", k))
                 real = real._replace(t=fake.t)
             for rows in run.pieces(psi, *[head] * adversarial):

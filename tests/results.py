@@ -102,7 +102,8 @@ def make_rows():
         own = teacher(f"--interpolant {path}")
         rows[f"{path} teacher"] = Row("families", (own,), {"50": ""})
         rows[f"{path} student"] = Row("families", (own, student("", 600, lr=None)), MORE)
-        rows[f"{path} map"] = Row("predictions", (own, flow_map()), STEPS)
+        if path != "linear":  # which has maps of several lengths
+            rows[f"{path} map"] = Row("predictions", (own, flow_map()), STEPS)
         for name in ("gap", "cross", "dmd") if path != "ve" else ("gap", "dmd"):  # sid: "student, 1200 iterations"
             rows[f"{path}, {name}"] = Row(
                 "sheet", (own, student(f"{FAST} --objective {name}", None, 400, lr=None)), ONE)

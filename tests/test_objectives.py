@@ -133,7 +133,7 @@ def test_fact_5_realuid_rests_at_the_data(row):
     star = gaussian(problem, M, S)
 
     def value(p, q, a, b):
-        objective = OBJECTIVES["gap"]._replace(a=a, b=b)
+        objective = OBJECTIVES["gap"]._replace(real_alpha=a, real_beta=b)
         return expectation(critic_loss(problem, objective, lambda x, t, y: star(x, t) - p - q * x, real, real))
     for ab in ((0.9, 0.88), (0.85, 1.0), (1.0, 0.9)):
         p, q = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -172,7 +172,7 @@ def test_realuid_with_one_and_one_is_the_gap(row, prediction, units):
     def critic(*given):
         return gaussian(problem, 0.1, 0.7)(*given) + moved
     for a, b in ((1.0, 1.0), (near, near)):
-        objective = OBJECTIVES["gap"]._replace(units=units, a=a, b=b)
+        objective = OBJECTIVES["gap"]._replace(units=units, real_alpha=a, real_beta=b)
         found.append(critic_loss(problem, objective, critic, fake, real))
     torch.testing.assert_close(found[0], regression_loss(problem, critic, fake), rtol=0, atol=0)
     plain, limit = (torch.autograd.grad(loss.sum(), moved)[0] for loss in found)

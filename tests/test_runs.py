@@ -1155,6 +1155,15 @@ def test_mistakes_are_one_line(refuses, job, flags, says):
     refuses(job.strip(), flags, says)
 
 
+@pytest.mark.parametrize("script", ["train_teacher", "distill", "flow_map", "sample", "fid"])
+def test_help_shows_the_defaults_that_say_something(monkeypatch, capsys, script):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as raised:
+        importlib.import_module(script).parse_flags()
+    said = " ".join(capsys.readouterr().out.split())
+    assert raised.value.code == 0 and "(default: " in said and "default: None" not in said
+
+
 LOCAL = UserError("--a 1: no")
 LOCAL.everywhere = False
 
