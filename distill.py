@@ -22,7 +22,7 @@ from common.images import save_curves, save_picture, stack_rows, to_device, to_u
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
                         number, one_of, precision, put_in_training)
 from flow_map import DATA_FREE, ROWS, check_tangent, draw_trip, make_legs, map_loss
-from interpolants import (Batch, Problem, Sampler, check_log_snr, convert, known, last_time, loss_weight,
+from interpolants import (RATIO_RANGE, Batch, Problem, Sampler, check_log_snr, convert, known, last_time, loss_weight,
                           prediction_scale, regression_loss, solve, start_at, student_input, time_grid,
                           time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
@@ -50,7 +50,6 @@ OBJECTIVES = {  # what a row sets, its flags override
 }
 FLOW_ROWS = [name for name, row in ROWS.items() if "before" not in row]
 START_RATIO = 2.5  # s / alpha at which the student starts by default: SiD's sigma, t = 0.714 on the linear path
-RATIO_RANGE = (0.02, 50.0)  # s / alpha of the times that losses are taken at
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +152,8 @@ def draw_flow(problem, row, stream, *key):
 
 
 class Watched(NamedTuple):
-    """Starts that stay the same for the whole run: x1, z, y of b, and as its x0 the noise that shows what teacher and
-    critic make of samples at the time t, where signal and noise are equal."""
+    """Starts that stay the same for the whole run: x1, z, y of b; and the time t, where signal and noise are equal, at
+    which teacher and critic are shown the samples."""
     problem: Problem
     times: list
     b: Batch
@@ -174,8 +173,7 @@ class Watched(NamedTuple):
     def spread(self, teacher):
         """That of the teacher's samples from the same labels and, on bridges, x1, by 25 steps."""
         b = start_at(self.problem, self.b, float(time_grid(self.problem, 25)[0]))
-        sampler = Sampler(25, "posterior" if self.problem.sees_x1 else "euler")
-        x0 = solve(self.problem, teacher, b, sampler, lambda i: self.noise("teacher", i))
+        x0 = solve(self.problem, teacher, b, Sampler(25), lambda i: self.noise("teacher", i))
         return float(x0.std(0).mean())
 
     @torch.no_grad()
@@ -184,20 +182,20 @@ class Watched(NamedTuple):
         each."""
         x0, b, given = self.samples(student)[:n], self.b.rows(slice(n)), self.problem.sees_x1
         t = torch.full((n,), self.t, device=x0.device)
-        x1, z = b.x1 if given else b.x0, b.z.flip(0)  # b.x0 is noise here: none that the sample was made from
+        x1, z = b.x1 if given else b.x1.flip(0), b.z.flip(0)  # noise, but none that the sample was made from
         b, _ = self.problem.noised(b._replace(x0=x0, x1=x1, z=z, t=t))
         return [*[b.x1] * given, x0, self.problem.data(teacher, b), self.problem.data(critic, b)]
 
 
 def watch(problem, stream, times, t, n=50):
     """-> Watched, n starts of this stream."""
-    x1, z, other = (torch.randn((n, *stream.shape), generator=generator(stream.seed, "watched", i)).to(stream.device)
-                    for i in range(3))
+    x1, z = (torch.randn((n, *stream.shape), generator=generator(stream.seed, "watched", i)).to(stream.device)
+             for i in range(2))
     y = torch.arange(n, device=stream.device) % max(1, stream.num_classes)
     if stream.reference:
         rows, x1, _ = stream.pictured(n)
         x1, y = to_device(x1, stream.device), stream.labels(rows)
-    return Watched(problem, times, Batch(other, x1, z, y=y), t, stream.seed)
+    return Watched(problem, times, Batch(x1=x1, z=z, y=y), t, stream.seed)
 
 
 class Players(NamedTuple):
@@ -382,12 +380,12 @@ def open_teacher(args, device):
         raise UserError(f"--flow_weight {args.flow_weight:g}: an unpaired bridge knows no velocity; leave it out")
     start = open_start(args, config, device) if args.student_ckpt else None
 
-    shape = noise_levels(problem, config)
-    first = start[1]["student"]["times"][0] if start else last_time(problem) if args.flow_weight else None
+    shape, latest = noise_levels(problem, config), last_time(problem)
+    first = start[1]["student"]["times"][0] if start else latest if args.flow_weight else None
     args.t_init = args.t_init or first or time_of_noise_ratio(shape, START_RATIO)
-    if args.flow_weight and (args.t_init > last_time(problem) or holds_data(config, args.t_init)):
+    if args.flow_weight and (args.t_init > latest or args.t_init < latest and holds_data(config, args.t_init)):
         raise UserError(f"--t_init {args.t_init:g}: with --flow_weight the student is a flow map, which starts from "
-                        f"noise alone; give {last_time(problem):g}, where networks on this path end, or little less")
+                        f"noise alone; give {latest:g}, where networks on this path end, or little less")
     if first and args.student_steps > 1:
         raise UserError(f"--student_steps {args.student_steps}: a flow map takes any number of steps; leave it out")
     one, t = torch.ones(1, 1), torch.tensor([args.t_init])
@@ -406,7 +404,7 @@ def configure(args, config, start):
     """The teacher's configuration -> the student's, which starts from `start`."""
     times = [args.t_init * (args.student_steps - i) / args.student_steps for i in range(args.student_steps)]
     config = {**config, "student": {"times": times, "steps": args.student_steps, **{key: getattr(args, key) for key in (
-        "t_init", "cfg_scale", "cfg_interval", "objective", "kappa", "grad", "weight", "units")}}}
+        "t_init", "cfg_scale", "cfg_interval", "objective", *Objective._fields)}}}
     if start or args.flow_weight:  # the student is a flow map
         config["network"] = {**config["network"], "second_time": True}
         config["student"]["flow_map"] = args.flow_row if args.flow_weight else start[1]["student"]["flow_map"]
@@ -440,13 +438,13 @@ def main():
     args, defaults = parse_flags()
     run = Run(args, defaults, "distill")
     device = run.device
-    teacher, first, config, problem = open_teacher(args, device)
+    teacher, source, config, problem = open_teacher(args, device)
     state = run.resume("resume.pt", load_checkpoint, ("student", "critic", "averages", "optimizers", "teacher"))
     stream, made_with = open_for(teacher, args, run, config, state)
     decode, times = decoder(args.vae, config, device, needed=False), config["student"]["times"]
     objective = make_objective(args)
 
-    players, step, first = make_players(args, config, teacher, first), 0, None  # let go of, too
+    players, step, source = make_players(args, config, teacher, source), 0, None  # let go of, too
     G, psi, head, averages = players
     if state:
         players.load(state, run.out / "resume.pt")
@@ -484,8 +482,8 @@ def main():
             if args.sample_every and "spread_teacher" not in seen:
                 seen["spread_teacher"] = watched.spread(v_star)
             seen["spread"] = float(watched.samples(G.net).std(0).mean())  # over the samples: falls on collapse
-        first = run.first_line().get("D2")  # None before there is one, and where it was not finite
-        return seen if first is None else {**seen, "D2_first": first}
+        D2 = run.first_line().get("D2")  # None before there is one, and where it was not finite
+        return seen if D2 is None else {**seen, "D2_first": D2}
 
     while step < args.iters:
         adversarial = head is not None and step >= args.gan_from
@@ -531,13 +529,13 @@ def main():
                 if k > 0 or args.accum > 1:
                     x0 = problem.data(G.wrapped, start.rows(rows))
                 b = fake.rows(rows)._replace(x0=x0)
-                loss, D2 = student_loss(problem, objective, v_star, v_psi, b)
-                total = loss.mean()
+                loss, D2 = (values.mean() for values in student_loss(problem, objective, v_star, v_psi, b))
+                total = loss
                 if adversarial:
                     fooled = F.softplus(-discriminate(problem, psi.net, head.net, b)).mean()
                     total = total + args.gan_weight * fooled
                     run.add(fooled=fooled)
-                run.add(student_loss=loss.mean(), D2=D2.mean())
+                run.add(student_loss=loss, D2=D2)
                 if trip:
                     flow_loss = map_loss(problem, row, legs, G.wrapped, trip.rows(rows)).mean()
                     total = total + args.flow_weight * flow_loss
@@ -551,7 +549,6 @@ def main():
         run.report(step, save, picture, facts)
     if step == run.first and run.rank == 0:  # nothing to do, but the file may be gone
         save_student(run.out / "student.pt", args, config, step, averages)
-    run.say(f"wrote {run.out / 'student.pt'}")
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.autoencoder import decoder
-from common.data import DATA_SETS, load_images
+from common.data import DATA_SETS, load_images, uneven_counts
 from common.files import (check_archive, checksum, describe_files, download, file_sha256, load_checkpoint, locked,
                           reading, save_file)
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image, resize_images
 from common.run import (Parser, UserError, alone, check_other, check_writable, code_commit, command, first_process,
                         from_first, in_turn, number, one_of, progress, start_processes)
-from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named, uneven_counts
+from sample import add_sampling_flags, choose_labels, choose_sampler, generate, load_named
 
 # What one pass must collect for a metric, and from how many images at least.
 METRICS = {"fid": ("fid", 2), "sfid": ("sfid", 2), "is": ("logits", 10), "kid": ("features", 2),
@@ -463,15 +463,11 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
     return float(np.mean(results)), float(np.std(results)), size
 
 
-def squared_distances(x, y):
-    """x (n,D), y (m,D) -> (n,m). In float64: in float32 this is noise between rows that are close."""
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp_min_(0)
-
-
 def neighbour_radii(x, k=3, block=500):
-    """Squared distance of each row of x (n,D) to its k-th nearest other row -> (n,) float64."""
+    """Squared distance of each row of x (n,D) to its k-th nearest other row -> (n,). In float64: in float32 it is noise
+    where rows are close."""
     x = x.double()
-    nearest = [squared_distances(rows, x).topk(k + 1, largest=False).values for rows in x.split(block)]
+    nearest = [torch.cdist(rows, x).square().topk(k + 1, largest=False).values for rows in x.split(block)]
     return torch.cat(nearest)[:, k]  # number 0 is the row itself
 
 
@@ -479,7 +475,7 @@ def coverage(x, y, radii, block=500):
     """Share of the rows of x (n,D) that lie within the radius of some row of y (m,D)."""
     x, y = x.double(), y.double()
     slack = 1e-9 * y.square().sum(1).mean()  # far above float64's rounding: a row must lie within its own radius
-    return sum(int((squared_distances(rows, y) <= radii + slack).any(1).sum()) for rows in x.split(block)) / len(x)
+    return sum(int((torch.cdist(rows, y).square() <= radii + slack).any(1).sum()) for rows in x.split(block)) / len(x)
 
 
 def precision_recall(samples, reference, device="cpu", k=3):

@@ -21,8 +21,8 @@ from common.files import load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, send, stack_rows
 from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
                         one_of, precision, put_in_training)
-from interpolants import (Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight, prediction_scale,
-                          regression_loss, start_at, time_of_noise_ratio)
+from interpolants import (RATIO_RANGE, Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight,
+                          prediction_scale, regression_loss, start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
 from sample import add_teacher_flags, choose_labels, column_names, generate, holds_data, load_teacher, noise_levels
 
@@ -87,6 +87,20 @@ class Trip(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
+def map_loss(problem, row, legs, net, trip):
+    """The trajectory loss of net on these rows, (B,): w(t) |out - convert(X_tgt)|^2 / stopgrad(. + 1e-3)^power, with
+    the teacher's prediction as X_tgt where r = t, but for rows from data."""
+    b, stay = trip.b, send(trip.stay.nonzero()[:, 0], trip.b.t.device)
+    out = problem.call(net, b)  # (B,C,H,W)
+    X = convert(problem, out.detach().float(), "data", b)
+    X_tgt = (tangent_target if row.tangent == "jvp" else trajectory_target)(problem, row, legs, trip, X)
+    if len(stay) and row.first != "data":
+        X_tgt[stay] = legs.teacher(b.rows(stay)).float()
+    wanted = convert(problem._replace(prediction="data"), X_tgt, problem.prediction, b)
+    loss = (map_weight(problem, b.t, out.ndim) * (out.float() - wanted) ** 2).flatten(1).mean(1)
+    return loss / (loss.detach() + 1e-3) ** row.power
+
+
 @torch.no_grad()
 def trajectory_target(problem, row, legs, trip, X):
     """X + (w A + (1 - w) B - X) / k (B,C,H,W), what X(x_t, t, r) (B,C,H,W) is drawn to: the one step t -> r that ends
@@ -143,20 +157,6 @@ def map_weight(problem, t, ndim):
     noise, score and vp's velocity, near t = 1, where one-step samples start (arXiv:2202.00512, section 4)."""
     weight = loss_weight(problem, t, ndim)
     return weight / (weight * prediction_scale(problem, problem.prediction, t, ndim) ** 2).clamp_max(1)
-
-
-def map_loss(problem, row, legs, net, trip):
-    """The trajectory loss of net on these rows, (B,): w(t) |out - convert(X_tgt)|^2 / stopgrad(. + 1e-3)^power, with
-    the teacher's prediction as X_tgt where r = t, but for rows from data."""
-    b, stay = trip.b, send(trip.stay.nonzero()[:, 0], trip.b.t.device)
-    out = problem.call(net, b)  # (B,C,H,W)
-    X = convert(problem, out.detach().float(), "data", b)
-    X_tgt = (tangent_target if row.tangent == "jvp" else trajectory_target)(problem, row, legs, trip, X)
-    if len(stay) and row.first != "data":
-        X_tgt[stay] = legs.teacher(b.rows(stay)).float()
-    wanted = convert(problem._replace(prediction="data"), X_tgt, problem.prediction, b)
-    loss = (map_weight(problem, b.t, out.ndim) * (out.float() - wanted) ** 2).flatten(1).mean(1)
-    return loss / (loss.detach() + 1e-3) ** row.power
 
 
 def make_legs(problem, row, v_star, net, average, before=None):
@@ -273,8 +273,8 @@ def parse_flags():
     return args, defaults
 
 
-def check_row(args):
-    """The flags' Row. Raises UserError where they do not make one."""
+def check_row(args, defaults):
+    """The flags' Row. Raises UserError where they do not make one, or where one of them does nothing."""
     row = Row(*(getattr(args, knob) for knob in Row._fields))
     if row.lam not in ("mu", "1-mu", "random"):
         try:
@@ -303,6 +303,17 @@ def check_row(args):
                         "triangle")
     if args.grid & (args.grid - 1):
         raise UserError(f"--grid {args.grid}: must be a power of two")
+    check_idle(args, {**defaults, **ROWS[args.row]._asdict()}, (
+        ("cfg_interval", "--cfg_scale", args.cfg_scale != 1),
+        ("mu", "finite legs and --lam mu or 1-mu", "mu" in row.lam and row.tangent != "jvp"),
+        ("solver_steps", "a solver's leg (--row ctm, direct)", "solver" in row),
+        *((flag, "--row progressive or --times grid", "before" in row or row.times == "grid")
+          for flag in ("grid", "stage_iters")),
+        ("tangent_warmup", "--tangent jvp", row.tangent == "jvp"),
+        ("second", "--lam below 1 and finite legs", row.lam != "1" and (row.lam, row.tangent) != ("mu", "jvp")),
+        ("borders", "--times triangle, start or end", row.times in ("triangle", "start", "end")),
+        ("t_min", "times below --t_max (--times triangle, end or lognormal)", row.times in (
+            "triangle", "end", "lognormal") or row.tangent == "jvp")))
     return row
 
 
@@ -313,19 +324,7 @@ def check_tangent(row, device):
 
 def main():
     args, defaults = parse_flags()
-    row = check_row(args)
-    legs = row[1:3]
-    check_idle(args, {**defaults, **ROWS[args.row]._asdict()}, (
-        ("cfg_interval", "--cfg_scale", args.cfg_scale != 1),
-        ("mu", "finite legs and --lam mu or 1-mu", "mu" in row.lam and row.tangent != "jvp"),
-        ("solver_steps", "a solver's leg (--row ctm, direct)", "solver" in legs),
-        *((flag, "--row progressive or --times grid", "before" in legs or row.times == "grid")
-          for flag in ("grid", "stage_iters")),
-        ("tangent_warmup", "--tangent jvp", row.tangent == "jvp"),
-        ("second", "--lam below 1 and finite legs", row.lam != "1" and (row.lam, row.tangent) != ("mu", "jvp")),
-        ("borders", "--times triangle, start or end", row.times in ("triangle", "start", "end")),
-        ("t_min", "times below --t_max (--times triangle, end or lognormal)", row.times in (
-            "triangle", "end", "lognormal") or row.tangent == "jvp")))
+    row = check_row(args, defaults)
     run = Run(args, defaults, "flow_map")
     device = run.device
     check_tangent(row, device)
@@ -335,12 +334,10 @@ def main():
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: an unpaired bridge knows no velocity, so there is no ODE "
                         "to follow; use distill.py --units data")
     args.t_max = args.t_max or latest
-    args.t_min = args.t_min or time_of_noise_ratio(noise_levels(problem, config), 0.02)
-    if args.t_max > latest:
-        raise UserError(f"--t_max {args.t_max:g}: on this path networks end at {latest:g}; give at most that")
-    if args.t_max < latest and holds_data(config, args.t_max):
-        raise UserError(f"--t_max {args.t_max:g}: a map starts from noise alone, and data are left in x_t there; give "
-                        f"{latest:g} or little less")
+    args.t_min = args.t_min or time_of_noise_ratio(noise_levels(problem, config), RATIO_RANGE[0])
+    if args.t_max > latest or args.t_max < latest and holds_data(config, args.t_max):
+        raise UserError(f"--t_max {args.t_max:g}: a map starts from noise alone; give {latest:g}, where networks on "
+                        "this path end, or little less")
     if args.t_min >= args.t_max:
         raise UserError(f"--t_min {args.t_min:g}: must be below --t_max {args.t_max:g}")
     free = row.times in DATA_FREE and not kind
@@ -349,7 +346,7 @@ def main():
     args.data = args.data or (None if free else config.get("data"))
     if not free and not args.data:
         raise UserError(f"--row {args.row}: needs data to noise; add --data")
-    state = run.resume("flow_map.pt", load_checkpoint, ("model", "ema", "before"))
+    state = run.resume("flow_map.pt", load_checkpoint, ("model", "ema", "before", "optimizer"))
     stream, made_with = open_for(teacher, args, run, config, state)
     decode = decoder(args.vae, config, device, needed=False)
 
@@ -416,24 +413,22 @@ def main():
         step += 1
         ema_update(average, net, args.ema, step)
         run.report(step, save, picture)
-    if step > run.first:
-        run.say(f"wrote {run.out / 'flow_map.pt'}")
 
 
 def draw_picture(path, flow_map, teacher, stream, decode, panels):
     """Twenty samples a row: what bridges start from, 1, 2 and 4 steps of the map, 50 of its teacher, which panels
     keeps -> path."""
-    (net, config), (v_star, settings), n = flow_map, teacher, 20
-    x1, y = None, choose_labels("balanced", n, config)
+    (average, mapped), (teacher, config), n = flow_map, teacher, 20
+    x1, y = None, choose_labels("balanced", n, mapped)
     if stream.reference:
         _, x1, y = stream.pictured(n)
     if "teacher" not in panels:
-        how = Sampler(50, cfg_scale=config["student"]["cfg_scale"], cfg_interval=config["student"]["cfg_interval"])
-        panels["teacher"] = generate(v_star, settings, y, stream.seed, range(n), how, x1, decode)
-    steps = [generate(net, config, y, stream.seed, range(n), Sampler(k), x1, decode) for k in (1, 2, 4)]
+        how = Sampler(50, cfg_scale=mapped["student"]["cfg_scale"], cfg_interval=mapped["student"]["cfg_interval"])
+        panels["teacher"] = generate(teacher, config, y, stream.seed, range(n), how, x1, decode)
+    steps = [generate(average, mapped, y, stream.seed, range(n), Sampler(k), x1, decode) for k in (1, 2, 4)]
     captions = ["from"] * (x1 is not None) + ["1 step", "2 steps", "4 steps", "teacher, 50"]
     rows = [*[x1] * (x1 is not None), *steps, panels["teacher"]]
-    return save_picture(path, stack_rows(rows, 640, captions, column_names(config, y) if x1 is None else ()))
+    return save_picture(path, stack_rows(rows, 640, captions, column_names(mapped, y) if x1 is None else ()))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("velocity", "data", "noise", "score")
+RATIO_RANGE = (0.02, 50.0)  # s / alpha of the times that losses are taken at
 SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv:2206.00364, table 1)
 
 
@@ -154,7 +155,7 @@ def check_log_snr(problem, t_min=1e-3, t_max=1 - 1e-3):
     slope = 2 * (k.dalpha / k.alpha - k.ds / k.s)
     if not bool((slope < 0).all()):
         raise ValueError(f"log SNR does not fall at t = {float(t[~(slope < 0)][0]):.3f}")
-    if not bool((k.dalpha * prediction_scale(problem, "velocity", t, 1) >= 0).all()):
+    if not bool((k.dalpha * k.alpha * slope >= 0).all()):  # c = alpha slope / 2
         raise ValueError("alpha' c(t) is negative: alpha must not grow with t")
 
 
@@ -176,7 +177,7 @@ def interpolate(path, x0, x1, t, z=None):
     """x0, x1, z (B,C,H,W), t (B,) -> x_t, I'_t (B,C,H,W). z may be None where gamma = 0."""
     k = coefficients(path, t, x0.ndim)
     x_t, velocity = k.alpha * x0 + k.beta * x1, k.dalpha * x0 + k.dbeta * x1
-    if z is not None and path.noisy:
+    if path.noisy:
         x_t, velocity = x_t + k.gamma * z, velocity + k.dgamma * z
     return x_t, velocity
 
@@ -344,7 +345,8 @@ DIFFUSIONS = {  # w(t) of the reverse SDE; the marginals do not depend on it, th
 
 
 class Sampler(NamedTuple):
-    """How a teacher is sampled; steps and solver left empty are sample.py's choice. restart is for flow maps."""
+    """How a teacher is sampled. Steps left empty are sample.py's choice; the solver is then the posterior where
+    networks see x1, else euler. restart is for flow maps."""
     steps: Optional[int] = None
     solver: Optional[str] = None
     diffusion: str = "sigma"
@@ -376,7 +378,8 @@ def last_time(problem):
     velocity, where alpha' is 0) says nothing of the data beyond."""
     first = float(time_grid(problem, 1)[0])
     says = prediction_scale(problem, problem.prediction, torch.tensor([first], dtype=torch.float64), 1).abs()
-    return first if float(says) > 0.02 else min(first, time_of_noise_ratio(problem, 50.0))
+    largest = RATIO_RANGE[1]
+    return first if float(says) > 1 / largest else min(first, time_of_noise_ratio(problem, largest))
 
 
 def solve(problem, net, b, sampler, noise=None):
@@ -393,9 +396,10 @@ def solve(problem, net, b, sampler, noise=None):
     ends at t = 0, where s = 0 makes a velocity meaningless on several rows: it returns the data prediction, which on
     the linear path is the Euler step.
     """
-    if sampler.solver not in SOLVERS:
-        raise ValueError(f"unknown solver {sampler.solver!r}: choose from {', '.join(SOLVERS)}")
-    grid, path, solver, in_u = time_grid(problem, sampler.steps), problem.path, sampler.solver, problem.path.noisy
+    solver = sampler.solver or ("posterior" if problem.sees_x1 else "euler")
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+    grid, path, in_u = time_grid(problem, sampler.steps), problem.path, problem.path.noisy
     in_s = bool((known(problem, torch.linspace(0.1, 0.9, 9)).dalpha == 0).all())
     clock = 2 / math.pi * grid.sqrt().asin() if in_u else coefficients(path, grid).s if in_s else grid
 

@@ -156,8 +156,7 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
             times = [times[i * len(times) // steps] for i in range(steps)]  # the first always among them
             x0 = problem.data(net, student_input(problem, net, times, b, lambda _: (draw(), draw())))
         else:
-            solver = sampler.solver or ("posterior" if problem.sees_x1 else "euler")
-            sampler = sampler._replace(steps=sampler.steps or 50, solver=solver)
+            sampler = sampler._replace(steps=sampler.steps or 50)
             b = start_at(problem, b, float(time_grid(problem, sampler.steps)[0]))
             x0 = solve(problem, guided(net, sampler.cfg_scale, sampler.cfg_interval), b, sampler, draw)
     if lost := int((~x0.isfinite()).flatten(1).any(1).sum()):

@@ -178,8 +178,8 @@ def configure(args, problem, data, reference):
 def main():
     args, defaults = parse_flags()
     run = Run(args, defaults, "teacher")
-    if args.antithetic and args.batch % (2 * run.world * args.accum):
-        pairs = 2 * run.world * args.accum
+    pairs = 2 * run.world * args.accum
+    if args.antithetic and args.batch % pairs:
         raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
                         f"{max(pairs, args.batch // pairs * pairs)} does")
     state = run.resume("teacher.pt", load_checkpoint, ("config", "model", "ema", "optimizer"))
@@ -189,17 +189,16 @@ def main():
     problem = choose_problem(args, state, reference is not None)
     config, device = configure(args, problem, data, reference), run.device
 
-    # The network, its average and its optimizer.
     torch.manual_seed(args.seed)
     net = build_model(config).to(device)
     net.grad_checkpoint = args.grad_checkpoint
     ema, v = frozen_copy(net), put_in_training(net, torch.optim.AdamW, args.lr, args, weight_decay=args.weight_decay)
     step = 0
     if state:
-        for network, weights in ((net, state["model"]), (ema, state["ema"])):
-            load_weights(network, weights, run.out / "teacher.pt")
+        for one, key in ((net, "model"), (ema, "ema")):
+            load_weights(one, state[key], run.out / "teacher.pt")
         v.load_moments(state["optimizer"])
-        step, state, weights = state["step"], None, None  # what was read is let go of
+        step, state = state["step"], None  # what was read is let go of
     if args.compile:
         net.compile()
     stream = Stream(args.seed, args.batch, run.part, device, (data.channels, data.side, data.side), data.num_classes,
@@ -233,8 +232,6 @@ def main():
         step += 1
         ema_update(ema, net, args.ema, step)
         run.report(step, save, picture)
-    if step > run.first:
-        run.say(f"wrote {run.out / 'teacher.pt'}")
 
 
 def draw_picture(path, net, config, stream, autoencoder):

@@ -468,9 +468,9 @@ class Stream(NamedTuple):
         return Batch(x1=x1, z=z, t=self.times[0] + (self.times[1] - self.times[0]) * u, y=y[self.part])
 
     def labels(self, chosen):
-        """Labels of real images, the null class where they have none."""
+        """Labels of real images, 0 where networks know no classes."""
         y = send(torch.from_numpy(self.data.labels[chosen]), self.device)
-        return y if self.data.num_classes and self.num_classes else torch.full_like(y, self.num_classes)
+        return y if self.num_classes else torch.zeros_like(y)
 
     def seen(self, rows, x1, chosen, *key):
         """What networks see of images and of what bridges start from, if any: one is mirrored with the other."""

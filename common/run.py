@@ -390,9 +390,7 @@ FREE_FLAGS = {"iters", "out", "wandb", "keep", "fresh", "device", "compile", "lo
               "data_dir", "vae", "skip_broken", "grad_checkpoint", "shard", "timeout", "accum", "teacher_ckpt", "data",
               "cache_latents", "image_size", "unconditional"}
 TUNED_FLAGS = {"lr", "critic_lr", "gan_lr", "warmup", "decay_from", "weight_decay", "clip"}
-
-
-NUMBERED = {  # and what goes on, by job
+MADE = {  # by job: what it numbers, what it goes on from, its result last
     "teacher": ["samples_*.png", "teacher.pt"], "flow_map": ["flow_map_*.png", "flow_map.pt"],
     "distill": ["distill_*.png", "student_one_step_*.pth", "resume.pt", "student.pt"]}
 
@@ -578,7 +576,7 @@ class Run:
     def put_aside(self):
         """--fresh: what the run before has numbered does not stand among what this one will, and its checkpoint is not
         what torchrun goes on from when it restarts this one."""
-        old = [path for pattern in NUMBERED[self.job] for path in self.out.glob(pattern)]
+        old = [path for pattern in MADE[self.job] for path in self.out.glob(pattern)]
         if old:
             folder, n = self.out / "before_fresh", 0
             while folder.exists():  # that of an earlier --fresh stays as it is
@@ -702,6 +700,8 @@ class Run:
         if stopping:
             self.say(f"stopped after iteration {step}; the same command goes on from here")
             sys.exit(130 if self.stop.number == signal.SIGINT else 0)
+        if last:
+            self.say(f"wrote {self.out / MADE[self.job][-1]}")
 
 
 def keep(save, failures, last):

@@ -276,8 +276,8 @@ def limit(args):
 
 @torch.no_grad()
 def errors(args):
-    """The error of a teacher's data prediction, root mean square a pixel in units of [-1, 1], on --images of --data
-    with their labels, noised to s/alpha."""
+    """The error of a teacher's data prediction (on a path from noise), root mean square a pixel in units of [-1, 1], on
+    --images of --data with their labels, noised to s/alpha."""
     net, config = load_model(args.ckpt)
     problem, images = problem_of(config), load_images(args.data)
     x0, y = to_device(images.images[:args.images], "cpu"), torch.from_numpy(images.labels[:args.images])

@@ -158,7 +158,7 @@ def make_row(name, args):
     shown = draw(problem, stream._replace(batch=args.n), "shown")
     truth = draw_mixture(args.n, torch.Generator().manual_seed(2))
     first = start_at(problem, shown, float(time_grid(problem, 50)[0]))
-    sampler = Sampler(50, "posterior" if problem.sees_x1 else "euler")
+    sampler = Sampler(50)
     cells = {"data": truth, "teacher, 50": solve(problem, exact(problem), first, sampler,
                                                  lambda i: torch.randn_like(truth))}
     start, to_the_end = time_of_noise_ratio(problem, START_RATIO), stream._replace(times=(times[0], last_time(problem)))

@@ -234,6 +234,7 @@ def test_what_a_run_says_keeps_and_puts_aside(run, images, small_teacher, tmp_pa
     flags = ("--teacher_ckpt", small_teacher, *SMALL[2:], "--save_every", 1, "--sample_every", 6, "--keep", 2)
     said = run("distill", *flags, "--iters", 12, "--out", tmp_path)
     assert f"--keep 2 --iters 12 --out {tmp_path} (all: " in said and "the first picture comes at iteration 6" in said
+    assert said.endswith(f"wrote {tmp_path / 'student.pt'}\n")
     assert [f.name[-6:-4] for f in sorted(tmp_path.glob("*.pth"))] == ["10", "11", "12"]
     longer = ("--iters", 15, "--save_every", 3, "--out", tmp_path / "longer")
     shutil.copytree(tmp_path, tmp_path / "longer")
