@@ -358,7 +358,7 @@ class Moments:
         self.sum = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
 
     def add(self, features):
-        f = F.pad(features.to(self.sum.device, torch.float64), (1, 0), value=1.0)
+        f = F.pad(features.to(self.sum.device).double(), (1, 0), value=1.0)  # in this order: mps has no float64
         self.sum.addmm_(f.T, f)
 
     def statistics(self):

@@ -122,8 +122,8 @@ class Coefficients(NamedTuple):
 
 def coefficients(path, t, ndim=1, sees_x1=False):
     """t (B,) -> Coefficients, each (B, 1, ..., 1) with ndim dimensions."""
-    with torch.enable_grad():
-        t = t.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        t = t.detach().clone().requires_grad_()
         alpha, beta, gamma = (f(t) + 0 * t for f in (path.alpha, path.beta, path.gamma))  # f may give a number
         s = gamma if sees_x1 else torch.hypot(beta, gamma) if path.noisy else beta
         values = alpha, beta, gamma, s

@@ -176,7 +176,7 @@ def find_classes(flag, wanted, config):
     names = config.get("classes") or numbers
     places = {} if all(name.isdigit() for name in names) else dict(zip(numbers, range(len(names))))
     places.update(zip(names, range(len(names))))
-    labels = [places.get(str(name).strip()) for name in wanted]
+    labels = [places.get(str(name), places.get(str(name).strip())) for name in wanted]
     if None in labels:
         raise UserError(f"{flag}: this checkpoint has no class {wanted[labels.index(None)]}, only "
                         f"{numbers[0] + ' to ' + numbers[-1] if names == numbers else ', '.join(names)[:200]}")
@@ -415,6 +415,7 @@ def parse_flags():
         if args.compare or args.pairs or not args.export.endswith(".safetensors"):
             raise UserError(f"--export {args.export}: is for --ckpt FILE alone, choose a name ending in .safetensors")
         check_writable("--export", pathlib.Path(args.export).parent)
+        check_other("--export", args.export, args.ckpt)
     if args.compare and not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: --compare draws a picture, choose a name ending in .png")
     return args

@@ -172,10 +172,10 @@ def list_folder(folder):
 def read_folder(folder, size, data_dir, skip_broken=False, say=print):
     """Class subfolders or one flat folder of images -> memmap (N,size,size,3), of grey images alone (N,size,size,1),
     labels or None, names of the classes. Decoded once; the next run with the same files, size and data_dir finds the
-    result by a fingerprint of names, lengths and times."""
+    result by a fingerprint of the folder and its files' names, lengths and times."""
     listed = files, _, classes = list_folder(folder)
     size = size or next((min(header[:2]) for header in map(image_header, files) if header), 1)  # of the first
-    listing = repr(describe_files(files, folder) + [size])
+    listing = repr(describe_files(files, folder) + [size, str(folder.resolve())])
     name = f"{folder.resolve().name}-{size}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     cache = pathlib.Path(data_dir, name)
 
@@ -183,6 +183,8 @@ def read_folder(folder, size, data_dir, skip_broken=False, say=print):
         record = read_record(cache.with_suffix(".json"))
         with contextlib.suppress(Exception):
             images = np.load(cache, mmap_mode="r")
+            if record.get("broken") and not skip_broken:
+                return None  # mended since, perhaps: rights leave no trace in what the fingerprint knows
             if "changed" in record and images.dtype == np.uint8 and images.shape[:3] == (len(files), size, size):
                 return record
     record = find()

@@ -56,7 +56,7 @@ def image_header(path):
     """-> width, height, whether it is grey; None where the file cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return *image.size, image.mode.startswith(("1", "L", "I", "F"))
+            return *image.size, image.mode.startswith(("1", "L", "I", "F")) and image.mode != "LAB"
     except Exception:  # a broken file can fail in any way; read_image says how
         return None
 
@@ -118,9 +118,9 @@ def read_npz(path, flag="--data", say=print):
                              found)
             images, labels = (npz[name] if name in npz else None for name in found)
         if images.dtype.kind == "f" and images.size and -1 <= images.min() and images.max() <= 1:  # NaN is neither
-            low = -1 if images.min() < 0 else 0
+            low = -1 if images.min() < -0.1 else 0  # not where rounding or a resize left a little below 0
             say(f"{label}: {images.dtype} images in [{low}, 1] become 0 to 255")
-            images = ((images.astype(np.float32) - low) * (255 / (1 - low))).round().astype(np.uint8)
+            images = ((images.astype(np.float32) - low) * (255 / (1 - low))).round().clip(0, 255).astype(np.uint8)
         if images.dtype != np.uint8:
             raise UserError(f"{label}: {found[0]} is {images.dtype}, images must be uint8 (0 to 255), or floats in "
                             "[0, 1] or [-1, 1]")

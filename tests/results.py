@@ -12,6 +12,7 @@ once. What is done stands in OUT (checkpoints, pictures) and, a record for each 
 that was cut off begins its stage again.
 """
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import draw_digits  # noqa: E402
-from common.files import file_sha256, locked, save_file  # noqa: E402
+from common.files import file_sha256, locked, reading, save_file  # noqa: E402
 from common.images import draw_curves, grid, save_picture, side_by_side, stack_rows  # noqa: E402
 from common.run import Parser, UserError, code_commit, command, number  # noqa: E402
 from distill import OBJECTIVES  # noqa: E402
@@ -287,10 +288,11 @@ class Runner:
         mark, sha256 = self.out / "data.sha256", file_sha256(self.names["data"])
         if mark.exists() and mark.read_text() != sha256:
             raise UserError(f"--out {args.out}: holds what was made from other data; give another folder")
-        mark.write_text(sha256)
-        with np.load(args.data) as npz:
-            if "x_test" not in npz:
-                raise UserError(f"--data {args.data}: holds no x_test, which no teacher sees; give MNIST's mnist.npz")
+        with reading(f"--data {args.data}"), np.load(args.data) as npz:
+            if not {"x_test", "y_test"} <= set(npz.files):
+                raise UserError(f"--data {args.data}: holds no x_test and y_test, which no teacher sees; give MNIST's "
+                                "mnist.npz")
+            mark.write_text(sha256)
             order = np.random.default_rng(0).permutation(len(npz["x_test"]))[:10000]
             for name, rows in (("held_out", order), ("some_held_out", order[:2000])):
                 held = {"images": npz["x_test"][rows], "labels": npz["y_test"][rows]}
@@ -379,7 +381,8 @@ def run(args, rows):
     jobs = [(name, row, seed) for seed in args.seeds for name, row in rows.items()
             if not record_path(args.records, name, seed).exists()]
     began, failed = time.time(), []
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as workers:
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as workers, contextlib.ExitStack() as stack:
+        stack.callback(workers.shutdown, cancel_futures=True)  # Ctrl-C: what waits is not begun
         pending = {workers.submit(runner.job, *job): job for job in jobs}
         for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
             name, _, seed = pending[future]

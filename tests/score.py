@@ -23,7 +23,7 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.data import load_images  # noqa: E402
+from common.data import load_images, read_names  # noqa: E402
 from common.files import load_checkpoint, save_checkpoint, save_file  # noqa: E402
 from common.images import read_npz, to_device  # noqa: E402
 from common.run import Parser, UserError, command  # noqa: E402
@@ -97,6 +97,13 @@ def score(net, samples, reference):
     return found
 
 
+def read_samples(path):
+    """Images and labels (N,) or None; labels that count among digits by name (sample.py) are those digits."""
+    images, labels = read_npz(path, "SAMPLES")
+    names = None if labels is None else read_names(f"SAMPLES {path}", path)
+    return images, np.array(names, np.int64)[labels] if names and all(map(str.isdecimal, names)) else labels
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("samples", metavar="SAMPLES.npz", nargs="+", help="arr_0 or images: (N,H,W) or (N,H,W,C) "
@@ -105,7 +112,7 @@ def main():
     parser.add_argument("--data_dir", default="data", help="where downloads are kept")
     parser.add_argument("--json", default=None, help="FILE for a list of the numbers at full precision")
     args = parser.parse_args()
-    samples = [read_npz(path, "SAMPLES") for path in args.samples]
+    samples = [read_samples(path) for path in args.samples]
     known = load_images(args.data, args.data_dir)
     height, width = known.images.shape[1:3]
     for path, (images, _) in zip(args.samples, samples):

@@ -18,7 +18,7 @@ from common.images import resize_images
 from common.run import UserError
 from conftest import inception_weights
 from fid import Moments, Ruler, coverage, frechet, inception_input, inception_score, kernel_distance, precision_recall
-from score import open_classifier, score, train_classifier
+from score import open_classifier, read_samples, score, train_classifier
 from test_runs import Life, unix
 
 CPU = torch.device("cpu")
@@ -175,12 +175,14 @@ def test_score_without_inception_shows_copies_and_lost_modes():
     assert copied["frechet"] < 1e-6 < good["frechet"] < lost["frechet"] and lost["precision"] > 0.7
 
 
-def test_digits_are_scored_by_a_classifier_of_theirs():
+def test_digits_are_scored_by_a_classifier_of_theirs(tmp_path):
     images, labels = draw_digits(400, seed=5)
     torch.manual_seed(0)
     for net, least in ((open_classifier("digits", None), 0.99), (train_classifier(images, labels), 0.5)):
         real, swapped = score(net, [(images[:200], labels[:200]), (images[:200], labels[1:201])], images[200:])
         assert real["accuracy"] > least and swapped["accuracy"] < 0.1
+    np.savez(tmp_path / "s.npz", arr_0=images[:2], arr_1=[1, 0], classes=["7", "1"])  # labels count among names
+    assert read_samples(tmp_path / "s.npz")[1].tolist() == [1, 7]
 
 
 def test_inception_score_of_known_logits():

@@ -103,6 +103,8 @@ def test_the_lines_of_python(small_teacher, tmp_path, monkeypatch):
     np.testing.assert_array_equal(images, generate(net, config, ["three", "one", 4]))
     np.testing.assert_array_equal(images, generate(net, config, np.array([3, 1, 4]), 0, range(3)))
     assert (images != generate(net, config, [3, 1, 4], seed=1)).any()
+    with torch.inference_mode():
+        np.testing.assert_array_equal(images, generate(net, config, [3, 1, 4]))
     assert choose_labels("three,1", 3, config).tolist() == [3, 1, 3]
     with pytest.raises(UserError, match="labels: this checkpoint has no class ten, only zero, one, two"):
         generate(net, config, ["ten"])

@@ -251,6 +251,9 @@ def test_what_a_run_says_keeps_and_puts_aside(run, images, small_teacher, tmp_pa
     assert load_checkpoint(tmp_path / "before_fresh" / "resume.pt")["step"] == 12 == len(log(
         tmp_path / "before_fresh", "distill"))
     assert load_checkpoint(tmp_path / "before_fresh_1" / "student.pt")["step"] == 1
+    (tmp_path / "resume.pt").unlink()  # what it goes on from is gone: its result is not written over
+    run("distill", *flags, "--iters", 1, "--out", tmp_path)
+    assert load_checkpoint(tmp_path / "before_fresh_2" / "student.pt")["step"] == 1
     assert [f.name for f in tmp_path.glob("distill_*.png")] == ["distill_0000001.png"]
     assert len(log(tmp_path, "distill")) == 1
 
@@ -962,6 +965,7 @@ def test_an_export_is_a_checkpoint_with_the_average_that_was_chosen(run, refused
     run("sample", "--ckpt", small_teacher, "--export", tmp_path / "t.safetensors")
     for iters, teacher in ((1, tmp_path / "t.safetensors"), (2, small_teacher)):  # to the run, the same one
         run("distill", "--teacher_ckpt", teacher, *SMALL[2:], "--iters", iters, "--out", tmp_path / "run")
+    refused("sample", "--ckpt", tmp_path / "t.safetensors", "--export", tmp_path / "t.safetensors", says="overwritten")
     for name, says in (("two.pt", "--average 0.5: its averages have the decays 0.9, 0.9999"), ("one.pt", "leave it")):
         refused("sample", "--ckpt", tmp_path / name, "--average", 0.5, says=(name, says))
 
