@@ -550,7 +550,7 @@ class Run:
         for left in self.out.glob("*.pt*.tmp"):  # of saves that were killed
             left.unlink(missing_ok=True)
         self.wandb, step = open_wandb(self.args, f"{self.out.resolve().name} {self.job}"), self.first
-        if step == 0:  # --fresh, or what a run goes on from is gone and its results are not
+        if step == 0 and (self.args.fresh or (self.out / MADE[self.job][-1]).exists()):  # what it goes on from is gone
             self.put_aside()
         with writing(self.log):
             (self.out / f"{self.job}.json").write_text(json.dumps(vars(self.args), indent=1) + "\n")
@@ -574,7 +574,7 @@ class Run:
                  f"MiB before activations; {self.device}" + f" x {self.world}" * (self.world > 1))
 
     def put_aside(self):
-        """At a start from nothing: what the run before has numbered does not stand among what this one will, and its
+        """Where a run starts over: what the run before has numbered does not stand among what this one will, and its
         checkpoint is not what torchrun goes on from when it restarts this one."""
         old = [path for pattern in MADE[self.job] for path in self.out.glob(pattern)]
         if old:
