@@ -22,7 +22,7 @@ from common.images import save_curves, save_picture, stack_rows, to_device, to_u
 from common.run import (Parser, Run, Trained, UserError, add_run_flags, check_idle, code_commit, command, generator,
                         number, one_of, precision, put_in_training)
 from flow_map import DATA_FREE, ROWS, check_tangent, draw_trip, make_legs, map_loss
-from interpolants import (RATIO_RANGE, Batch, Problem, Sampler, check_log_snr, convert, known, last_time, loss_weight,
+from interpolants import (RATIO_RANGE, Batch, Problem, Sampler, check_log_snr, convert, last_time, loss_weight,
                           prediction_scale, regression_loss, solve, start_at, student_input, time_grid,
                           time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
@@ -135,7 +135,7 @@ def draw_start(problem, stream, net, times, *key):
         given = stream.draw_data(*key)
         b = b._replace(x1=given.x1, y=given.y)
     with precision(stream.device):  # a context of its own: autocast remembers weights cast without gradient
-        return student_input(problem, net, times, b, lambda i: stream.draw(*key, i)[1:3])
+        return student_input(problem, net, times, b, lambda i: stream.draw(*key, i)[1:3])  # x1, z
 
 
 def renoise(problem, b, fresh):
@@ -171,7 +171,7 @@ class Watched(NamedTuple):
 
     @torch.no_grad()
     def spread(self, teacher):
-        """That of the teacher's samples from the same labels and, on bridges, x1, by 25 steps."""
+        """Mean over pixels of the std over the teacher's samples from these labels and, on bridges, x1, by 25 steps."""
         b = start_at(self.problem, self.b, float(time_grid(self.problem, 25)[0]))
         x0 = solve(self.problem, teacher, b, Sampler(25), lambda i: self.noise("teacher", i))
         return float(x0.std(0).mean())
@@ -248,8 +248,8 @@ def parse_flags():
     parser = Parser(__doc__)
     add_teacher_flags(parser)
     add = parser.group("objective")
-    add("--objective", type=one_of(OBJECTIVES), default="sid", help=", ".join(OBJECTIVES) + ": a row of the flags "
-        "that say so")
+    add("--objective", type=one_of(OBJECTIVES), default="sid", help=", ".join(OBJECTIVES) + ": sets the flags below "
+        "that say \"the objective's\", unless given")
     add("--kappa", type=number(float, -100, 100), default=None, help="factor of |D|^2 (the objective's)")
     add("--grad", type=one_of(("full", "stop")), default=None, help="full or stop (the objective's)")
     add("--weight", type=one_of(WEIGHTS), default=None, help=", ".join(WEIGHTS) + " = 1/mean|x0 - x0*| per sample "
@@ -309,15 +309,11 @@ def parse_flags():
     return args, defaults
 
 
-def make_objective(args):
-    return Objective(*(getattr(args, knob) for knob in Objective._fields))
-
-
 def check_objective(problem, objective):
     """Raise UserError where the stop-gradient objective gives no descent direction on this path."""
     if objective.grad != "stop" or objective.units == "data":  # there the weight is 2 s^2 / alpha^2 on any path
         return
-    if bool((known(problem, torch.linspace(0.1, 0.9, 9)).dalpha == 0).all()):
+    if bool((problem.at(torch.linspace(0.1, 0.9, 9)).dalpha == 0).all()):
         raise UserError("--units velocity: with --grad stop the student gets no gradient on a path whose alpha is "
                         "constant (alpha' = 0); use --units data")
     try:
@@ -364,7 +360,7 @@ def open_start(args, config, device):
     return net, own
 
 
-def open_teacher(args, device):
+def open_teacher(args, objective, device):
     """-> the teacher's network, the one that the student starts from (--student_ckpt, else the same), the student's
     configuration, and the problem; the flags that the checkpoints answer are filled."""
     if args.flow_weight:
@@ -374,7 +370,7 @@ def open_teacher(args, device):
     if config.get("pairs"):
         raise UserError(f"--teacher_ckpt {args.teacher_ckpt}: learnt on pairs, whose noise belongs to its images, the "
                         "gap draws its own; distill it by flow_map.py")
-    check_objective(problem, make_objective(args))
+    check_objective(problem, objective)
     check_real(args, config)
     if kind == "unpaired" and args.flow_weight:
         raise UserError(f"--flow_weight {args.flow_weight:g}: an unpaired bridge knows no velocity; leave it out")
@@ -436,15 +432,14 @@ def draw_picture(path, rows, decode, config, labels):
 
 def main():
     args, defaults = parse_flags()
-    run = Run(args, defaults, "distill")
+    run, objective = Run(args, defaults, "distill"), Objective(*(getattr(args, knob) for knob in Objective._fields))
     device = run.device
-    teacher, source, config, problem = open_teacher(args, device)
+    teacher, source, config, problem = open_teacher(args, objective, device)
     state = run.resume("resume.pt", load_checkpoint, ("student", "critic", "averages", "optimizers", "teacher"))
     stream, made_with = open_for(teacher, args, run, config, state)
     decode, times = decoder(args.vae, config, device, needed=False), config["student"]["times"]
-    objective = make_objective(args)
 
-    players, step, source = make_players(args, config, teacher, source), 0, None  # let go of, too
+    players, step, source = make_players(args, config, teacher, source), 0, None  # a map's own network is not kept
     G, psi, head, averages = players
     if state:
         players.load(state, run.out / "resume.pt")

@@ -37,7 +37,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from common.autoencoder import decoder
 from common.data import DATA_SETS, load_images, uneven_counts
 from common.files import (check_archive, checksum, describe_files, download, file_sha256, load_checkpoint, locked,
-                          reading, save_file)
+                          reading, save_file, save_json)
 from common.images import IMAGE_NAMES, SUFFIXES, image_files, read_image, resize_images
 from common.run import (Parser, UserError, alone, check_other, check_writable, code_commit, command, first_process,
                         from_first, in_turn, number, one_of, progress, start_processes)
@@ -580,10 +580,6 @@ def conclude(args, sides, results, ruler, world):
 def describe_sides(args, sides):
     return {role.lower(): {"path": side.name, **side.record, "n": side.count(args.metrics[0])}
             for role, side in sides.items()}
-
-
-def save_json(path, record):
-    save_file(path, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
 
 
 def report(args, record, sides):

@@ -21,7 +21,7 @@ from common.files import load_checkpoint, save_checkpoint
 from common.images import save_curves, save_picture, send, stack_rows
 from common.run import (Parser, Run, UserError, add_run_flags, check_idle, code_commit, command, generator, number,
                         one_of, precision, put_in_training)
-from interpolants import (RATIO_RANGE, Batch, Sampler, convert, ddim, known, last_time, leg_weight, loss_weight,
+from interpolants import (RATIO_RANGE, Batch, Sampler, convert, ddim, last_time, leg_weight, loss_weight,
                           prediction_scale, regression_loss, start_at, time_of_noise_ratio)
 from model import build_from, ema_update, frozen_copy, guided, load_weights, round_weights
 from sample import add_teacher_flags, choose_labels, column_names, generate, holds_data, load_teacher, noise_levels
@@ -129,7 +129,7 @@ def tangent_target(problem, row, legs, trip, X):
     b, euler = trip.b, row.lam == "mu"
     at = b if euler else b._replace(x_t=ddim(problem, X, b, b.r), t=b.r)
     star = (legs.first if euler else legs.second)(at)
-    k, j = (known(problem, time.double(), X.ndim) for time in (b.t, b.r))
+    k, j = (problem.at(time.double(), X.ndim) for time in (b.t, b.r))
     m, span = (k if euler else j), (b.t - b.r).reshape(-1, *[1] * (X.ndim - 1))
     omega = span * (m.alpha * m.ds - m.dalpha * m.s) * j.s * k.s / (j.alpha * k.s - k.alpha * j.s) / m.s ** 2
     omega = torch.where(span == 0, 1, omega).float()
@@ -180,7 +180,7 @@ def solve_leg(problem, net, b, n):
         r = b.t + (far - b.t) * (i + 1) / n
         x0 = problem.data(net, x._replace(r=None))
         x = x._replace(x_t=ddim(problem, x0, x, r), t=r)
-    k, j = (known(problem, time, b.x_t.ndim) for time in (b.t, far))
+    k, j = (problem.at(time, b.x_t.ndim) for time in (b.t, far))
     found = (x.x_t - ddim(problem, 0, b, far)) / (j.alpha - k.alpha * j.s / k.s)  # a step is affine in x0
     short = b.t - far < 1e-3  # too short to be told from rounding: its limit
     return torch.where(short.reshape(k.s.shape), x0, found)
@@ -189,31 +189,27 @@ def solve_leg(problem, net, b, n):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loss is taken on
 
-def draw_times(row, n, span, g):
-    """t in [low, high] = span and r in [0, t], (n,) float64 on the host; of a grid t alone, of which draw_trip makes
-    intervals."""
+def draw_times(row, n, span, g, intervals=1):
+    """t in [low, high] = span and r in [0, t], (n,) float64 on the host; of a grid the ends of one of its intervals."""
     low, high = span
     u, v, to_high, to_zero = torch.rand(4, n, generator=g, dtype=torch.float64)
     if row.times == "lognormal":  # the sigmoid of a normal: MeanFlow's pairs (arXiv:2505.13447, table 1d)
         pair = high * (torch.randn(2, n, generator=g, dtype=torch.float64) - 0.4).sigmoid()
         return pair.amax(0).clamp_min(low), pair.amin(0)
     if row.times == "grid":
-        return high * u.clamp_min(1e-9), 0 * u
+        i = (intervals * u.clamp_min(1e-9)).ceil()
+        return high * i / intervals, high * (i - 1) / intervals
     t = torch.where(to_high < (1 if row.times in DATA_FREE else row.borders), high, low + (high - low) * u)
     return t, torch.where(to_zero < (1 if row.times in ("end", "ends") else row.borders), 0, t * v)
 
 
-def draw_trip(problem, row, stream, b, step, intervals=1):
-    """Rows b (x0, unless they start at t = 1, x1, z, y) with their times, as functions of (seed, step, row of the
+def draw_trip(problem, row, stream, b, key, intervals=1):
+    """Rows b (x0, unless they start at t = 1, x1, z, y) with their times, as functions of (seed, key, row of the
     whole batch) -> Trip. intervals: of the grid that progressive distillation has come to."""
-    n, g = stream.batch, generator(stream.seed, step, "times")
-    t, r = draw_times(row, n, stream.times, g)
+    n, g = stream.batch, generator(stream.seed, key, "times")
+    t, r = draw_times(row, n, stream.times, g, intervals)
     lam = torch.rand(n, generator=g, dtype=torch.float64)
-    if row.times == "grid":
-        i = (t / stream.times[1] * intervals).ceil()
-        t, r = stream.times[1] * i / intervals, stream.times[1] * (i - 1) / intervals
-    share = torch.arange(n + 1) * row.diagonal
-    stay = share[1:].floor() > share[:-1].floor()  # spread evenly, so that pieces and processes are alike
+    stay = (torch.arange(n + 1) * row.diagonal).floor().diff() > 0  # spread evenly: pieces and processes are alike
     r = torch.where(stay, t, r)
     if row.tangent == "jvp" and row.lam == "1-mu":
         r = r.clamp_min(stream.times[0])
@@ -232,13 +228,14 @@ def parse_flags():
     parser = Parser(__doc__)
     add_teacher_flags(parser)
     add = parser.group("the trajectory loss")
-    add("--row", type=one_of(ROWS), default="lagrange", help=", ".join(ROWS) + ": what flags that say \"the "
-        "row's\" are unless given")
+    add("--row", type=one_of(ROWS), default="lagrange", help=", ".join(ROWS) + ": sets the flags that say "
+        "\"the row's\", unless given")
     add("--lam", default=None, help="where the two legs t -> s -> r meet, s = t - lam (t - r): mu, 1-mu, random, or a "
         "number in (0, 1] (the row's)")
     add("--first", type=one_of(LEGS), default=None, help="who makes the first leg: " + ", ".join(LEGS) + " (the "
         "row's)")
-    add("--second", type=one_of(LEGS[:-1]), default=None, help="who makes the second leg: no data (the row's)")
+    add("--second", type=one_of(LEGS[:-1]), default=None, help="who makes the second leg: the same but data (the "
+        "row's)")
     add("--times", type=one_of(TIMES), default=None, help=", ".join(TIMES) + " (the row's); start and ends need no "
         "data (bridges do)")
     add("--diagonal", type=number(float, 0, 1), default=None, help="share of rows with r = t, which learn the "

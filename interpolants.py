@@ -23,8 +23,9 @@ SIGMA_DATA = 0.5  # the std that preconditioning assumes of the data (EDM, arXiv
 # The rows
 
 class Interpolant(NamedTuple):
-    """One family. `predict` is the prediction of its networks from S on, unless told otherwise; `scale_input` asks for
-    what networks read to be brought to unit size, for rows where x_t strays far from it (they predict data or edm)."""
+    """One family. `predict` is the prediction of its networks of size S and larger, unless told otherwise;
+    `scale_input` asks for what networks read to be brought to unit size, for rows where x_t strays far from it (they
+    predict data or edm)."""
     alpha: Callable
     beta: Callable
     gamma: Callable = torch.zeros_like
@@ -89,6 +90,10 @@ class Problem(NamedTuple):
     sees_x1: bool = False
     edm: bool = False
 
+    def at(self, t, ndim=1):
+        """The Coefficients at t (B,), as its networks see them."""
+        return coefficients(self.path, t, ndim, self.sees_x1)
+
     def noised(self, b):
         """b with its x_t, and the velocity target I'_t (B,C,H,W)."""
         x_t, velocity = interpolate(self.path, b.x0, b.x1, b.t, b.z)
@@ -124,22 +129,17 @@ def coefficients(path, t, ndim=1, sees_x1=False):
     """t (B,) -> Coefficients, each (B, 1, ..., 1) with ndim dimensions."""
     with torch.inference_mode(False), torch.enable_grad():
         t = t.detach().clone().requires_grad_()
-        alpha, beta, gamma = (f(t) + 0 * t for f in (path.alpha, path.beta, path.gamma))  # f may give a number
+        alpha, beta, gamma = (f(t) + 0 * t for f in (path.alpha, path.beta, path.gamma))  # f may be constant
         s = gamma if sees_x1 else torch.hypot(beta, gamma) if path.noisy else beta
         values = alpha, beta, gamma, s
         slopes = [torch.autograd.grad(v.sum(), t, retain_graph=True)[0] for v in values]
     return Coefficients(*(c.detach().reshape(c.shape + (1,) * (ndim - c.ndim)) for c in (*values, *slopes)))
 
 
-def known(problem, t, ndim=1):
-    """The coefficients at t (B,) as the problem's networks see them."""
-    return coefficients(problem.path, t, ndim, problem.sees_x1)
-
-
 def prediction_scale(problem, prediction, t, ndim=4):
     """How far this prediction moves when the data prediction moves by 1, (B,1,..,1): c(t) = alpha' - alpha s'/s for the
     velocity, so that (difference of velocities) = c (difference of data predictions)."""
-    k = known(problem, t, ndim)
+    k = problem.at(t, ndim)
     return {"data": torch.ones_like(k.s), "velocity": k.dalpha - k.alpha * k.ds / k.s, "noise": -k.alpha / k.s,
             "score": k.alpha / k.s ** 2}[prediction]
 
@@ -151,7 +151,7 @@ def check_log_snr(problem, t_min=1e-3, t_max=1 - 1e-3):
     E[alpha' s^2 lambda' (s_psi - s*) dG], lambda the log SNR.
     """
     t = torch.linspace(t_min, t_max, 1001, dtype=torch.float64)
-    k = known(problem, t)
+    k = problem.at(t)
     slope = 2 * (k.dalpha / k.alpha - k.ds / k.s)
     if not bool((slope < 0).all()):
         raise ValueError(f"log SNR does not fall at t = {float(t[~(slope < 0)][0]):.3f}")
@@ -165,7 +165,7 @@ def time_of_noise_ratio(problem, ratio):
     lo, hi = 1e-3, 1.0
     for _ in range(50):
         mid = 0.5 * (lo + hi)
-        k = known(problem, torch.tensor(mid, dtype=torch.float64))
+        k = problem.at(torch.tensor(mid, dtype=torch.float64))
         lo, hi = (mid, hi) if k.s < ratio * k.alpha else (lo, mid)
     return round(hi, 6)
 
@@ -195,7 +195,7 @@ def convert(problem, out, to, b):
             raise ValueError(f"unknown prediction {name!r}: choose from {', '.join(PREDICTIONS)}")
     if source == to:
         return out
-    k = known(problem, b.t, b.x_t.ndim)
+    k = problem.at(b.t, b.x_t.ndim)
     r, drift = (b.x_t - k.beta * b.x1, k.dbeta * b.x1) if problem.sees_x1 else (b.x_t, 0)
     if source == "velocity":
         v = out - drift
@@ -225,7 +225,7 @@ def loss_weight(problem, t, ndim=4):
     """Weight of the squared error at t, (B,1,..,1). Velocity and noise: 1. Score: s^2, which is the noise loss. Data:
     with EDM's preconditioning SNR + 1/sigma_d^2, its weight (arXiv:2206.00364, table 1), without it the SNR between 1
     (arXiv:2202.00512, section 4) and 5 (arXiv:2303.09556): a plain network cannot follow an SNR without bound."""
-    k = known(problem, t, ndim)
+    k = problem.at(t, ndim)
     if problem.prediction == "data":
         snr = (k.alpha / k.s) ** 2
         return snr + 1 / SIGMA_DATA ** 2 if problem.edm else snr.clamp(1, 5)
@@ -258,7 +258,7 @@ def ddim(problem, x0, b, r):
         x_r = alpha_r x0 + (s_r / s_t) (x_t - alpha_t x0)        (DDIM, arXiv:2010.02502, eq. 12)
 
     where the networks see x1 for x - beta x1 in place of x. With x0 = X(x_t, t, r) it is a flow map's step."""
-    k, j = known(problem, b.t, b.x_t.ndim), known(problem, r, b.x_t.ndim)
+    k, j = problem.at(b.t, b.x_t.ndim), problem.at(r, b.x_t.ndim)
     given = (k.beta * b.x1, j.beta * b.x1) if problem.sees_x1 else (0, 0)
     return j.alpha * x0 + j.s / k.s * (b.x_t - k.alpha * x0 - given[0]) + given[1]
 
@@ -267,7 +267,7 @@ def leg_weight(problem, t, s, r):
     """w (B,) with which the legs t -> s and s -> r make the step t -> r, all (B,), r <= s <= t: two DDIM steps with A
     and B end where one with w A + (1 - w) B does. w = (rho_s - rho_t) / (rho_r - rho_t), rho = alpha / std; finite at
     r = 0 and at t = 1, and 1 where s = r. It is a difference of near numbers: give float64."""
-    k, m, j = (known(problem, time) for time in (t, s, r))
+    k, m, j = (problem.at(time) for time in (t, s, r))
     w = j.s * (m.alpha * k.s - k.alpha * m.s) / (m.s * (j.alpha * k.s - k.alpha * j.s))
     return torch.where(s == r, 1, w)
 
@@ -325,7 +325,7 @@ def follow_map(problem, net, b, grid, restart=0.0, noise=None):
             return x0
         x = ddim(problem, x0, b, down)
         if restart:
-            k, j = (known(problem, time, x.ndim) for time in (down, up))
+            k, j = (problem.at(time, x.ndim) for time in (down, up))
             shift = j.beta * b.x1 - j.alpha / k.alpha * k.beta * b.x1 if problem.sees_x1 else 0
             # x_up given x_down: alpha_up / alpha_down x and as much noise as makes its std s_up
             fresh = (j.s ** 2 - (j.alpha / k.alpha * k.s) ** 2).clamp_min(0).sqrt() * noise(i)
@@ -365,7 +365,7 @@ def time_grid(problem, steps):
     one = torch.ones(1, 1, dtype=torch.float64)
     b = Batch(x1=one, t=one[0], x_t=2 * one)
     v, x0 = (convert(problem, one, name, b).abs() for name in ("velocity", "data"))  # 1e16 on gvp: its cos is not 0
-    regular = bool(((v < 1e6) & (x0 < 1e6) & known(problem, b.t).ds.isfinite()).all())
+    regular = bool(((v < 1e6) & (x0 < 1e6) & problem.at(b.t).ds.isfinite()).all())
     start = 1.0 if regular else 1 - 1e-3
     if problem.path.noisy:
         u = torch.linspace(2 / math.pi * math.asin(start ** 0.5), 0, int(steps) + 1, dtype=torch.float64)
@@ -400,7 +400,7 @@ def solve(problem, net, b, sampler, noise=None):
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
     grid, path, in_u = time_grid(problem, sampler.steps), problem.path, problem.path.noisy
-    in_s = bool((known(problem, torch.linspace(0.1, 0.9, 9)).dalpha == 0).all())
+    in_s = bool((problem.at(torch.linspace(0.1, 0.9, 9)).dalpha == 0).all())
     clock = 2 / math.pi * grid.sqrt().asin() if in_u else coefficients(path, grid).s if in_s else grid
 
     def slope(out, b):  # dx / d clock
@@ -425,7 +425,7 @@ def solve(problem, net, b, sampler, noise=None):
             ahead = b._replace(x_t=x + step * v, t=r)
             x = x + 0.5 * step * (v + slope(problem.call(net, ahead), ahead))
         else:
-            w = DIFFUSIONS[sampler.diffusion](known(problem, t, x.ndim))
+            w = DIFFUSIONS[sampler.diffusion](problem.at(t, x.ndim))
             x = x + step * slope(out, b) + (-dt * w).sqrt() * noise(i)
             x = x - 0.5 * dt * w * convert(problem, out, "score", b)
         b = b._replace(x_t=x)

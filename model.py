@@ -248,8 +248,8 @@ def frozen_copy(net):
 
 
 def round_weights(net):
-    """Under autocast, round once, in place, what it would round in every pass: it remembers rounded weights
-    of trained ones alone. This frozen one is for autocast from here on; the last layer is left out of both."""
+    """Under autocast, round once, in place, what it would round in every pass: it caches rounded copies only of
+    weights that ask for gradients. This frozen one is for autocast from here on; the last layer is left out of both."""
     kind = next(net.parameters()).device.type
     for name, module in net.named_modules():
         rounds = isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("final_layer")

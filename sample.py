@@ -26,11 +26,11 @@ from common.images import (DEGRADATIONS, SUFFIXES, as_pillow, degrade, psnr, rea
 from common.run import (Parser, UserError, alone, check_idle, check_other, check_writable, command, generator, number,
                         one_of, precision, progress, start_processes, writing)
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Problem, Sampler, family, follow_map,
-                          known, solve, start_at, student_input, time_grid)
+                          solve, start_at, student_input, time_grid)
 from model import guided, load_model
 
 
-LABELS = ("data", "balanced", "uniform", "random")  # the last is an older name of uniform
+LABELS = ("data", "balanced", "uniform")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def noise_levels(problem, config):
 def holds_data(config, t):
     """Whether x_t at the time t holds data (alpha / s above 0.05) that a flow map, which starts from noise alone, would
     miss if it started there."""
-    k = known(noise_levels(problem_of(config), config), torch.tensor([t]))
+    k = noise_levels(problem_of(config), config).at(torch.tensor([t]))
     return bool(k.alpha / k.s > 0.05)
 
 
@@ -128,7 +128,7 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
     takes any number of steps (1) from its first time; a teacher takes 50, by euler, on bridges by the posterior.
     x1 (n,H,W,C) uint8: what a bridge starts from. decode: latents (n,c,h,w) -> pixels, where the network makes latents.
     Networks run in the trainers' precision, decode in float32 (TF32)."""
-    problem, device, side = problem_of(config), next(net.parameters()).device, config["network"]["image_size"]
+    problem, device = problem_of(config), next(net.parameters()).device
     if x1 is None and problem.sees_x1:
         raise UserError(f"x1 is missing: a bridge ({config['reference']}) starts from images, (n,H,W,C) uint8")
     if net.num_classes and isinstance(labels, (list, tuple)):
@@ -136,11 +136,7 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
     indices = range(len(x1 if labels is None else labels)) if indices is None else indices
     if x1 is not None and len(x1) != len(indices):
         raise UserError(f"x1: {len(x1)} images to start from for {len(indices)} asked for")
-    streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
-
-    def draw(_=None):
-        return torch.stack([torch.randn((net.channels, side, side), generator=g) for g in streams]).to(device)
-
+    draw = image_noise(net, config, seed, indices)
     y = None if labels is None or net.num_classes == 0 else torch.as_tensor(labels, device=device)
     b = Batch(x1=draw() if x1 is None else to_device(x1, device), z=draw(), y=y)
     with precision(device):
@@ -164,10 +160,12 @@ def generate(net, config, labels, seed=0, indices=None, sampler=Sampler(), x1=No
     return to_uint8(decode(x0) if decode else x0)
 
 
-def first_noise(net, config, seed, indices):
-    """The noise that generate() makes these images of a teacher from, (n,C,H,W) on the CPU."""
-    shape = (net.channels, *[config["network"]["image_size"]] * 2)
-    return torch.stack([torch.randn(shape, generator=generator(seed, int(i), "image")) for i in indices])
+def image_noise(net, config, seed, indices):
+    """-> draw() of fresh noise (n,C,H,W) for the images of these numbers; generate() makes a teacher's from the
+    first."""
+    shape, device = (net.channels, *[config["network"]["image_size"]] * 2), next(net.parameters()).device
+    streams = [generator(seed, int(i), "image") for i in indices]  # drawn on the CPU: the same image on every device
+    return lambda _=None: torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
 
 
 def find_classes(flag, wanted, config):
@@ -226,7 +224,7 @@ def add_sampling_flags(parser, **defaults):
         "at which a teacher is guided")
     add("--average", type=number(float, 0, 1), default=None, help="decay of the student's average that samples, one of "
         "those of distill.py --ema (the first)")
-    add("--labels", default="balanced", help="data (as often as in the teacher's), balanced, uniform, or a list of "
+    add("--labels", help="data (as often as in the teacher's), balanced, uniform, or a list of "
         "classes such as 3,1,4 or cat,dog (repeated); sample.py: balanced, on bridges the file's own")
     add("--seed", type=number(int, 0, 2 ** 63 - 2), default=0, help="image i depends on (seed, i) alone")
     add("--vae", default=None, help="autoencoder that decodes a checkpoint's latents")
@@ -483,7 +481,7 @@ def main():
     elif out.suffix.lower() == ".npz":
         more = {"arr_1": labels, "classes": np.array(config.get("classes") or ())} if labelled else {}
         if args.pairs:
-            noise = torch.cat([first_noise(net, config, args.seed, [i]).half() for i in range(n)])
+            noise = torch.cat([image_noise(net, config, args.seed, [i])().half().cpu() for i in range(n)])
             more.update(interpolant=config["interpolant"], noise=noise.numpy())
         save_file(out, lambda f: np.savez(f, arr_0=images, **more))
     elif x1 is None:

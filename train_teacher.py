@@ -22,16 +22,16 @@ from model import build_model, ema_update, frozen_copy, load_weights, parse_name
 from sample import choose_labels, column_names, generate, problem_of
 
 
-def draw_batch(stream, step, images, label_dropout, pairs):
+def draw_batch(stream, step, images, label_dropout, antithetic):
     """Images of a step (Batch of x0, y and, on bridges, x1) with fresh noise and times, some labels replaced by the
-    null class; all functions of (seed, step, row of the whole batch). pairs: rows 2i and 2i + 1 share everything but
+    null class; all functions of (seed, step, row of the whole batch). antithetic: rows 2i and 2i + 1 share all but
     the sign of z."""
     b = stream.draw(step, "teacher")
     drop = torch.rand(stream.batch, generator=generator(stream.seed, step, "dropout", device=stream.device),
                       device=stream.device)[stream.part]
     x1 = b.x1 if images.x1 is None else images.x1
     b = b._replace(x0=images.x0, x1=x1, y=torch.where(drop < label_dropout, stream.num_classes, images.y))
-    if pairs:
+    if antithetic:
         b = Batch(*(v if v is None else v[::2].repeat_interleave(2, 0) for v in b))
         b.z[1::2] *= -1
     return b
@@ -127,7 +127,7 @@ def open_data(args, run):
     else:
         data = in_turn(lambda: load_images(args.data, args.data_dir, args.image_size, args.seed, args.skip_broken,
                                            run.say))
-    data = data.without_labels() if args.unconditional else data
+    data = data._replace(labels=np.zeros_like(data.labels), classes=()) if args.unconditional else data
     data = data._replace(flip=args.flip and not data.latent)
     check_autoencoder(args.vae, autoencoder, sha256, data.latent, data.channels)
     if data.side % patch:
@@ -178,10 +178,10 @@ def configure(args, problem, data, reference):
 def main():
     args, defaults = parse_flags()
     run = Run(args, defaults, "teacher")
-    pairs = 2 * run.world * args.accum
-    if args.antithetic and args.batch % pairs:
+    whole = 2 * run.world * args.accum
+    if args.antithetic and args.batch % whole:
         raise UserError(f"--batch {args.batch}: --antithetic needs whole pairs in each process and piece; "
-                        f"{max(pairs, args.batch // pairs * pairs)} does")
+                        f"{max(whole, args.batch // whole * whole)} does")
     state = run.resume("teacher.pt", load_checkpoint, ("config", "model", "ema", "optimizer"))
     data, reference, autoencoder = open_data(args, run)
     made_with = {"data": data.fingerprint(), "reference": reference and reference.fingerprint()}

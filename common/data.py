@@ -22,7 +22,7 @@ LATENT_SCALE = 0.18215  # makes the latents of Stable Diffusion's autoencoder of
 
 
 def hash_some(rows):
-    """Of an array's rows; of 64 of them, spread evenly, where they stay on the disk."""
+    """sha256 of an array's rows; of 64 of them, spread evenly, where they stay on the disk."""
     if isinstance(rows, np.memmap):
         rows = rows[np.linspace(0, len(rows) - 1, 64).astype(np.int64)]
     return hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
@@ -55,9 +55,6 @@ class Images(NamedTuple):
         """Tells data sets apart: sizes, labels, images, and the noise of pairs."""
         parts = [hash_some(part) for part in (self.labels, self.images, self.noise) if part is not None]
         return checksum([list(self.images.shape), self.num_classes, *parts])
-
-    def without_labels(self):
-        return self._replace(labels=np.zeros_like(self.labels), classes=())
 
     def among(self, flag, classes):
         """The same with labels that count among these classes, which name all of its own."""
@@ -142,7 +139,8 @@ def read_idx(path, dimensions):
 
 
 def read_idx_set(name, data_dir):
-    """Like read_cifar10, without guards: download has compared the files' sha256 with that of what was published."""
+    """MNIST's images (N,28,28,1) uint8 and labels (N,), or Fashion-MNIST's. No guards: download has compared the
+    files' sha256 with that of what was published."""
     address, files = IDX_FILES[name]
     paths = [download(address + file, pathlib.Path(data_dir, name, file), sha256, size) for file, size, sha256 in files]
     return read_idx(paths[0], 3)[..., None], read_idx(paths[1], 1)
@@ -435,12 +433,7 @@ def shuffled(n, seed, epoch):
 
 def batch_indices(n, batch, step, seed):
     """The indices of step's batch in an endless sequence of shuffled passes over n items -> (batch,) int64 array."""
-    position = np.arange(step * batch, (step + 1) * batch)
-    chosen = np.empty(batch, np.int64)
-    for epoch in np.unique(position // n):
-        here = position // n == epoch
-        chosen[here] = shuffled(n, seed, int(epoch))[position[here] % n]
-    return chosen
+    return np.array([shuffled(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)])
 
 
 class Stream(NamedTuple):
@@ -503,11 +496,11 @@ class Stream(NamedTuple):
         x0, x1 = self.seen(self.data.images[mine], x1, chosen, *key)
         return Batch(x0=x0, x1=x1, y=self.labels(mine))
 
-    def epochs(self, step, pairs=False):
+    def epochs(self, step, twice=False):
         """Batches of real images in shuffled passes from this step on, with their labels and, on bridges, x1: gathered
-        in a second thread while the step before runs. pairs: each image twice, side by side."""
+        in a second thread while the step before runs. twice: each image twice, side by side."""
         def gather(step):
-            chosen = batch_indices(len(self.data.images), self.batch // (1 + pairs), step, self.seed).repeat(1 + pairs)
+            chosen = batch_indices(len(self.data.images), self.batch // (1 + twice), step, self.seed).repeat(1 + twice)
             mine, key = chosen[self.part], (self.seed, step, "teacher")
             x1 = None if self.data.noise is None else self.data.noise[mine]
             x1 = self.reference.rows(self.data.images, chosen, key, self.part) if self.reference else x1

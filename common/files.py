@@ -229,9 +229,13 @@ def check_archive(path):
                 raise ValueError(f"{member.filename} unpacks {member.compress_size} bytes to {member.file_size}")
 
 
+def save_json(path, record):
+    save_file(path, lambda f: f.write(json.dumps(record, indent=1).encode() + b"\n"))
+
+
 def write_record(path, record):
     """A dict as JSON, with its checksum."""
-    save_file(path, lambda f: f.write(json.dumps({**record, "checksum": checksum(record)}, indent=1).encode() + b"\n"))
+    save_json(path, {**record, "checksum": checksum(record)})
 
 
 def read_record(path):

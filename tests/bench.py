@@ -34,7 +34,6 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-import scipy
 import scipy.linalg
 import torch
 from PIL import Image
@@ -57,7 +56,7 @@ from common.run import command, frozen, peak_memory, precision, put_in_training,
 from interpolants import (FAMILIES, Batch, Problem, Sampler, ddim, regression_loss, start_at, time_grid,
                           time_of_noise_ratio)
 from model import Attention, SiT, build_model, ema_update, frozen_copy, guided, load_model, parse_name, round_weights
-from sample import choose_labels, first_noise, generate, problem_of
+from sample import choose_labels, generate, image_noise, problem_of
 
 PROBLEM = Problem(FAMILIES["linear"])
 RATES = argparse.Namespace(shard=False, clip=1.0, warmup=0, decay_from=0)  # what an optimizer's step asks for
@@ -259,7 +258,7 @@ def limit(args):
     teacher that starts from noise."""
     net, config = load_model(args.ckpt)
     problem, n, batch = problem_of(config), args.images, args.batch
-    y, x1 = torch.as_tensor(choose_labels("balanced", n, config)), first_noise(net, config, 1, range(n))
+    y, x1 = torch.as_tensor(choose_labels("balanced", n, config)), image_noise(net, config, 1, range(n))()
     for mu, steps in ((0.3, 1), (0.3, 2), (0.3, 4), (0.1, 1)):
         grid, found = time_grid(problem, steps).tolist(), []
         times = grid[:1] + [s for t, r in zip(grid, grid[1:]) for s in unroll(t, r, mu)]

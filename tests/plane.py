@@ -22,10 +22,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from common.data import Stream  # noqa: E402
 from common.images import save_picture, stack_rows  # noqa: E402
 from common.run import Parser, UserError, command, number  # noqa: E402
-from distill import OBJECTIVES, RATIO_RANGE, START_RATIO, check_objective, renoise, student_loss  # noqa: E402
+from distill import OBJECTIVES, START_RATIO, check_objective, renoise, student_loss  # noqa: E402
 from flow_map import ROWS, draw_trip, make_legs, map_loss  # noqa: E402
-from interpolants import (FAMILIES, Problem, Sampler, last_time, solve, start_at, time_grid,  # noqa: E402
-                          time_of_noise_ratio)
+from interpolants import (FAMILIES, RATIO_RANGE, Problem, Sampler, last_time, solve, start_at,  # noqa: E402
+                          time_grid, time_of_noise_ratio)
 from model import ema_update  # noqa: E402
 
 MEANS = torch.tensor([[1.0, 1.0], [-1.2, 0.8], [-0.8, -1.0], [1.1, -0.9]])
@@ -39,7 +39,7 @@ def draw_mixture(n, g):
 
 
 def sizes(problem, t):
-    """alpha and s at t (B,), each (B,1): known() without derivatives, for networks that are differentiated in t."""
+    """alpha and s at t (B,), each (B,1): Problem.at() without slopes, for networks that are differentiated in t."""
     path, t = problem.path, t[:, None]
     return path.alpha(t), path.gamma(t) if problem.sees_x1 else torch.hypot(path.beta(t), path.gamma(t))
 
@@ -103,7 +103,7 @@ def distill_point(problem, objective, stream, start, iters):
     """A student trained by the gap from the time `start` -> its samples, a function of a batch. The critic is the exact
     prediction of fresh samples of the student, each a narrow Gaussian."""
     teacher, G, average = exact(problem), Added(problem), Added(problem)
-    own, slower = make_optimizer(G, iters, (0.0, 0.99))
+    own, schedule = make_optimizer(G, iters, (0.0, 0.99))
     for step in range(iters):
         b, others = (start_at(problem, draw(problem, stream, step, "start", i), start) for i in range(2))
         with torch.no_grad():
@@ -111,7 +111,7 @@ def distill_point(problem, objective, stream, start, iters):
         critic = exact(problem, centres, torch.full((len(centres),), 0.1))
         fake = renoise(problem, b._replace(x0=problem.data(G, b)), draw(problem, stream, step, "gap"))
         descend(own, student_loss(problem, objective, teacher, critic, fake)[0])
-        slower.step()
+        schedule.step()
         ema_update(average, G, 0.98, step + 1)
     return lambda b: problem.data(average, start_at(problem, b, start)).detach()
 
@@ -120,7 +120,7 @@ def map_point(problem, row, stream, iters):
     """-> the average of a flow map that is trained along the row."""
     teacher, net = exact(problem), Added(problem)
     average, before, g = copy.deepcopy(net), copy.deepcopy(net), torch.Generator().manual_seed(1)
-    own, slower = make_optimizer(net, iters, (0.9, 0.99))
+    own, schedule = make_optimizer(net, iters, (0.9, 0.99))
     for step in range(iters):
         stage = min(5 * step // iters, 4)  # progressive distillation: 16, 8, 4, 2, 1 steps
         if step == -(-stage * iters // 5):
@@ -129,7 +129,7 @@ def map_point(problem, row, stream, iters):
         b = draw(problem, stream, step, "map")._replace(x0=draw_mixture(stream.batch, g))
         trip = draw_trip(problem, row, stream, b, step, 16 >> stage)
         descend(own, map_loss(problem, row, legs, net, trip))
-        slower.step()
+        schedule.step()
         ema_update(average, net, 0.98, step + 1)
     return average
 
@@ -158,8 +158,7 @@ def make_row(name, args):
     shown = draw(problem, stream._replace(batch=args.n), "shown")
     truth = draw_mixture(args.n, torch.Generator().manual_seed(2))
     first = start_at(problem, shown, float(time_grid(problem, 50)[0]))
-    sampler = Sampler(50)
-    cells = {"data": truth, "teacher, 50": solve(problem, exact(problem), first, sampler,
+    cells = {"data": truth, "teacher, 50": solve(problem, exact(problem), first, Sampler(50),
                                                  lambda i: torch.randn_like(truth))}
     start, to_the_end = time_of_noise_ratio(problem, START_RATIO), stream._replace(times=(times[0], last_time(problem)))
     end = start_at(problem, shown, last_time(problem))

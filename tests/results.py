@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import draw_digits  # noqa: E402
-from common.files import file_sha256, locked, reading, save_file  # noqa: E402
+from common.files import file_sha256, locked, reading, save_file, save_json  # noqa: E402
 from common.images import draw_curves, grid, save_picture, side_by_side, stack_rows  # noqa: E402
 from common.run import Parser, UserError, code_commit, command, number  # noqa: E402
 from distill import OBJECTIVES  # noqa: E402
@@ -187,7 +187,7 @@ def make_rows():
         rows[f"{path} student, 1200 iterations"] = Row("growth", (teacher(f"--interpolant {path}"), own), at)
     for name, flags, step in (("batch 32", "--batch 32", 400), ("k_psi 2", "--k_psi 2", 150),
                               ("dmd", "--objective dmd", 200), ("weight uniform", "--weight uniform", 200),
-                              ("kappa 0", "--kappa 0", 200)):
+                              ("kappa 0", "--kappa 0", 200), ("decay_from 300", "--decay_from 300", 200)):
         own, at = learning(flags, step)
         rows[f"linear student, {name}, {6 * step} iterations"] = Row("growth", (DATA, own), at)
     for seconds in (120, 360, 900):
@@ -301,7 +301,7 @@ class Runner:
         save_file(self.names["digits"], lambda f: np.savez(f, images=images))
 
     def train(self, stage, seed, before):
-        """-> the stage's folder; its done.json holds what it cost."""
+        """-> the file that the stage writes, beside a done.json of what it cost."""
         flags = [word.format(*before, **self.names) for word in stage.flags.split()]
         scaled = [self.args.scale] * (self.args.scale != 1)
         key = hashlib.sha256(repr((stage, seed, *map(str, before), *scaled)).encode()).hexdigest()[:12]
@@ -326,14 +326,14 @@ class Runner:
                         "preload": pathlib.Path(os.environ.get("LD_PRELOAD", "")).name,
                         "wall_seconds": time.time() - began, "iterations": int(done[-1]) if done else iters,
                         **{k: lines[-1][k] for k in ("images_per_second", "memory_mib") if lines}}
-                save_file(folder / "done.json", lambda f: f.write(json.dumps(cost).encode()))
-        return folder
+                save_json(folder / "done.json", cost)
+        return folder / WRITES[stage.script]
 
     def job(self, name, row, seed):
         """Train, sample, score, and write the record."""
-        folders = []
+        made = []
         for stage in row.stages:
-            folders.append(self.train(stage, seed, [f / WRITES[f.name.rsplit("_", 1)[0]] for f in folders]))
+            made.append(self.train(stage, seed, made))
         place, scores = self.out / place_of(name, seed), {}
         place.mkdir(exist_ok=True)
         files = []
@@ -343,9 +343,9 @@ class Runner:
             log = files[-1].with_suffix(".txt")
             log.unlink(missing_ok=True)
             if row.stages:
-                words = ["sample.py", "--ckpt", str(folders[-1] / WRITES[row.stages[-1].script]), "--n",
+                words = ["sample.py", "--ckpt", str(made[-1]), "--n",
                          str(max(50, round(2000 * min(1, self.args.scale)))), "--seed", "1", "--batch", "50",
-                         "--device", "cpu", *(word.format(out=folders[-1], **self.names) for word in flags.split())]
+                         "--device", "cpu", *(word.format(out=made[-1].parent, **self.names) for word in flags.split())]
                 call([*words, "--out", str(files[-1])], log)
                 call([*words, "--n", "40", "--out", str(files[-1].with_suffix(".png"))], log)
         found = place / "score.json"
@@ -359,13 +359,11 @@ class Runner:
         cpu = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         record = {"row": name, "group": row.group, "seed": seed, "scores": scores, "samples": row.samples,
-                  "commit": code_commit(),
-                  "stages": [json.loads((f / "done.json").read_text()) for f in folders],
+                  "commit": code_commit(), "stages": [json.loads((p.parent / "done.json").read_text()) for p in made],
                   "versions": versions,
                   "machine": f"{cpu[0] if cpu else platform.machine()}, {os.cpu_count()} cores, one thread a job"}
         self.args.records.mkdir(parents=True, exist_ok=True)
-        save_file(record_path(self.args.records, name, seed), lambda f: f.write(
-            (json.dumps(record, indent=1) + "\n").encode()))
+        save_json(record_path(self.args.records, name, seed), record)
 
 
 def place_of(name, seed):

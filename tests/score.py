@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import load_images, read_names  # noqa: E402
-from common.files import load_checkpoint, save_checkpoint, save_file  # noqa: E402
+from common.files import load_checkpoint, save_checkpoint, save_json  # noqa: E402
 from common.images import read_npz, to_device  # noqa: E402
 from common.run import Parser, UserError, command  # noqa: E402
 from fid import frechet, precision_recall  # noqa: E402
@@ -126,7 +126,7 @@ def main():
     for path, numbers in zip(args.samples, found):
         print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) + f"  {path}" * (len(found) > 1))
     if args.json:
-        save_file(args.json, lambda f: f.write((json.dumps(found) + "\n").encode()))
+        save_json(args.json, found)
 
 
 if __name__ == "__main__":

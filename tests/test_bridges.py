@@ -16,7 +16,7 @@ from common.files import load_checkpoint
 from common.images import DEGRADATIONS, degrade, psnr
 from conftest import SMALL
 from distill import OBJECTIVES, Head, discriminate, student_loss
-from interpolants import (FAMILIES, Batch, Problem, Sampler, coefficients, family, interpolate, known, posterior,
+from interpolants import (FAMILIES, Batch, Problem, Sampler, coefficients, family, interpolate, posterior,
                           prediction_scale, solve, start_at, student_input, time_grid)
 from model import SiT
 from sample import generate, problem_of
@@ -69,7 +69,7 @@ def test_sampling_a_bridge_from_x1_draws_the_conditional_law(prediction, solver,
 
     def teacher(x_t, t, y, x1):
         return gaussian(problem, 0.3 + a * x1, q)(x_t, t, y, x1)
-    k = known(problem, time_grid(problem, steps)[:1], 4)
+    k = problem.at(time_grid(problem, steps)[:1], 4)
     b = Batch(x1=x1, x_t=(k.alpha * mean + k.beta * x1 + k.gamma * z).float())
     x0, again = (solve(problem, teacher, b, Sampler(steps, how), lambda i: draw(n, 1, 1, 1, seed=2 + i).float())
                  for how in (solver, solver or "posterior"))

@@ -356,20 +356,20 @@ def test_fewer_images_of_both_sides_or_of_the_reference(record, quick):
 def test_a_sweep_is_a_table_that_goes_on(script, refused, record, quick, small_teacher, tmp_path, monkeypatch):
     flags, passes, measure = (small_teacher, "b.npz", *quick, "--n", 12, "--batch", 5), [], fid.measure
     monkeypatch.setattr(fid, "measure", lambda source, *rest: passes.append(source.name) or measure(source, *rest))
-    one = record(*flags, "--steps", 3, "--labels", "random", "--cfg_scale", 2)
+    one = record(*flags, "--steps", 3, "--labels", "uniform", "--cfg_scale", 2)
     rows = []
     for scales, fresh in (("1", 2), ("1,2", 2), ("1,2", 0), ("2,1,2", 0)):  # two each time: two label settings
         passes.clear()
         code, out, err = script("fid", *flags, "--steps", 3, "--json", "s.json", "--sweep", f"cfg_scale={scales}",
-                                "labels=random,balanced")
+                                "labels=uniform,balanced")
         assert code == 0, err
         assert passes == (["b.npz"] + [str(small_teacher)] * fresh) * bool(fresh)
         rows.append([line.split() for line in out.splitlines()])
     assert rows[0][0] == ["cfg_scale", "labels", "fid"] and rows[1] == rows[2] and len(rows[1]) == 1 + 4 + 2
-    assert rows[1][3] == ["2", "random", f"{one['fid']:.4f}"]
+    assert rows[1][3] == ["2", "uniform", f"{one['fid']:.4f}"]
     assert " ".join(rows[1][5]) == "fid@12: not comparable with FID-50k"
     kept = json.loads(pathlib.Path("s.json").read_text())["sweep"]
-    assert [r["flags"] for r in kept] == [{"cfg_scale": s, "labels": l} for s in "12" for l in ("random", "balanced")]
+    assert [r["flags"] for r in kept] == [{"cfg_scale": s, "labels": l} for s in "12" for l in ("uniform", "balanced")]
     passes.clear()
     for more in (("--n_reference", 20), ("--resize", "torch"), ("--metrics", "fid,kid")):  # other settings
         assert script("fid", *flags, *more, "--steps", 3, "--json", "s.json", "--sweep", "cfg_scale=2")[0] == 0
@@ -377,7 +377,7 @@ def test_a_sweep_is_a_table_that_goes_on(script, refused, record, quick, small_t
     for metric, new in (("kid", 2), ("fid", 0)):  # of the same settings: both stay
         passes.clear()
         assert script("fid", *flags, "--steps", 3, "--metrics", metric, "--json", "s.json", "--sweep", "cfg_scale=2",
-                      "labels=random")[0] == 0
+                      "labels=uniform")[0] == 0
         assert len(passes) == new
     assert script("fid", *flags, "--cfg_interval", 0.2, 0.8, "--json", "t.json", "--sweep", "cfg_scale=2,3")[0] == 0
     one, again = pathlib.Path("t.json").read_bytes(), fid.measure
@@ -420,7 +420,7 @@ def test_adm_reference_batches(record, quick):
 
 
 def test_a_checkpoint_is_sampled_on_the_fly(run, record, quick, small_teacher, monkeypatch):
-    flags = ("--n", 12, "--steps", 3, "--seed", 5, "--labels", "random", "--batch", 5)
+    flags = ("--n", 12, "--steps", 3, "--seed", 5, "--labels", "uniform", "--batch", 5)
     found = record(small_teacher, "a.npz", *quick, *flags)
     about = found["samples"]
     assert [about[key] for key in ("n", "steps", "sampler", "seed", "cfg_scale")] == [12, 3, "euler", 5, 1]

@@ -15,9 +15,9 @@ from common.run import UserError
 from conftest import SMALL
 from flow_map import (ROWS, Legs, Trip, check_tangent, draw_times, draw_trip, make_legs, map_loss, map_weight,
                       solve_leg, tangent_target, trajectory_target)
-from interpolants import (FAMILIES, PREDICTIONS, Batch, Problem, Sampler, convert, ddim, family, follow_map, known,
-                          last_time, leg_weight, loss_weight, prediction_scale, regression_loss, solve, start_at,
-                          student_input, time_of_noise_ratio)
+from interpolants import (FAMILIES, PREDICTIONS, Batch, Problem, Sampler, convert, ddim, family, follow_map, last_time,
+                          leg_weight, loss_weight, prediction_scale, regression_loss, solve, start_at, student_input,
+                          time_of_noise_ratio)
 from model import build_model, load_model
 
 MEANS, STDS = plane.MEANS.double(), plane.STDS.double()
@@ -249,7 +249,7 @@ def test_steps_of_a_perfect_map_keep_the_marginals(path, restart, n=20000, point
     b, _ = problem.noised(Batch(torch.full((n, 1, 1, 1), point), x1, draw(0), torch.full((n,), 0.8)))
     follow_map(problem, net, b, [0.8, 0.5, 0.2, 0.0], restart, draw)
     for t, x in seen[1:]:
-        k = known(problem, t)
+        k = problem.at(t)
         assert float(x.mean()) == pytest.approx(float(k.alpha * point + k.beta * given * problem.sees_x1), abs=0.02)
         assert float(x.std()) == pytest.approx(float(k.s), rel=0.03)
 
@@ -263,7 +263,7 @@ def test_every_error_of_the_data_counts(path, prediction):
         start = last_time(problem)
         if path == "linear" and prediction in ("noise", "score"):
             assert start == pytest.approx(50 / 51, abs=1e-5)
-        assert start < (0.9991 if path == "bridge" else 1.001) and float(known(problem, torch.tensor([start])).s) > 0
+        assert start < (0.9991 if path == "bridge" else 1.001) and float(problem.at(torch.tensor([start])).s) > 0
         t = torch.linspace(0.05, start, 50, dtype=torch.float64)
         assert float((prediction_scale(problem, prediction, t) ** 2 * map_weight(problem, t, 4)).min()) > 0.99
 

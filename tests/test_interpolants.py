@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from interpolants import (DIFFUSIONS, FAMILIES, PREDICTIONS, SOLVERS, Batch, Interpolant, Problem, Sampler,
-                          check_log_snr, coefficients, convert, interpolate, known, last_time, preconditioning,
+                          check_log_snr, coefficients, convert, interpolate, last_time, preconditioning,
                           prediction_scale, regression_loss, solve, target, time_grid, time_of_noise_ratio)
 
 ROWS = sorted(FAMILIES)
@@ -20,7 +20,7 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("row, sees_x1", SEEN)
 def test_derivatives_are_those_of_finite_differences(row, sees_x1):
     h, problem = 1e-6, Problem(FAMILIES[row], sees_x1=sees_x1)
-    k, ahead, behind = (known(problem, T + d) for d in (0, h, -h))
+    k, ahead, behind = (problem.at(T + d) for d in (0, h, -h))
     for name in ("alpha", "beta", "gamma", "s"):
         slope = (getattr(ahead, name) - getattr(behind, name)) / (2 * h)
         torch.testing.assert_close(getattr(k, "d" + name), slope, rtol=1e-5, atol=1e-7)
@@ -52,7 +52,7 @@ def test_conversions_agree_with_the_targets(row, sees_x1, source):
     problem = Problem(FAMILIES[row], source, sees_x1)
     b, velocity = problem.noised(Batch(*draw(3, 19, 1, 2, 2), T))
     if problem.path.noisy and not sees_x1:  # only beta x1 + gamma z is visible: the noise is all of it
-        k = known(problem, T, 4)
+        k = problem.at(T, 4)
         noise = (k.beta * b.x1 + k.gamma * b.z) / k.s
         targets = {"data": b.x0, "noise": noise, "score": -noise / k.s, "velocity": k.dalpha * b.x0 + k.ds * noise}
     else:
@@ -92,7 +92,7 @@ def test_log_snr_falls_on_every_row_and_the_check_refuses_the_reverse():
 def test_noise_ratios_carry_over_between_rows(row, sees_x1):
     problem = Problem(FAMILIES[row], sees_x1=sees_x1)
     t = time_of_noise_ratio(problem, 2.5)
-    k = known(problem, torch.tensor([t], dtype=torch.float64))
+    k = problem.at(torch.tensor([t], dtype=torch.float64))
     assert float(k.s / k.alpha) == pytest.approx(2.5, rel=1e-4)
     assert row != "linear" or t == pytest.approx(5 / 7, abs=1e-5)
 
@@ -116,7 +116,7 @@ def test_regression_in_any_prediction_is_a_weighted_data_loss(row, prediction):
     edm, prediction = prediction == "edm", prediction.replace("edm", "data")
     problem = Problem(FAMILIES[row], prediction, edm=edm)
     b, d = Batch(*draw(3, 19, 1, 2, 2), T), draw(19, 1, 2, 2, seed=1)
-    k, c = known(problem, T), prediction_scale(problem, "velocity", T, 1)
+    k, c = problem.at(T), prediction_scale(problem, "velocity", T, 1)
     snr = (k.alpha / k.s) ** 2
     data = (k.s ** 2 + 0.25) / (0.5 * k.s) ** 2 if edm else snr.clamp(1, 5)
     weight = {"velocity": c ** 2, "noise": snr, "score": snr, "data": data}[prediction]
@@ -136,7 +136,7 @@ MEAN, STD = 0.3, 0.4
 def gaussian(problem, mean, std):
     """The exact network for data N(mean, std^2)."""
     def net(x_t, t, y=None, x1=None):
-        k = known(problem, t, x_t.ndim)
+        k = problem.at(t, x_t.ndim)
         r = x_t - k.beta * x1 if problem.sees_x1 else x_t
         gain = k.alpha * std ** 2 / (k.alpha ** 2 * std ** 2 + k.s ** 2)
         x0 = mean + gain * (r - k.alpha * mean)
@@ -146,7 +146,7 @@ def gaussian(problem, mean, std):
 
 def flow(problem, steps, solver, n=4, diffusion="sigma"):
     """-> samples from x_t at the grid's first time, and the mean + std noise that the affine flow makes of them."""
-    k = known(problem, time_grid(problem, steps)[:1], 4)
+    k = problem.at(time_grid(problem, steps)[:1], 4)
     noise = draw(n, 1, 1, 1).float()
     x = (k.alpha * MEAN + (k.alpha ** 2 * STD ** 2 + k.s ** 2).sqrt() * noise).float()
     x0 = solve(problem, gaussian(problem, MEAN, STD), Batch(x_t=x), Sampler(steps, solver, diffusion),
@@ -176,7 +176,7 @@ def test_where_velocities_say_nothing_of_the_data_nobody_starts(alpha, beta, sol
     problem = Problem(Interpolant(alpha, beta))
     x0, _ = flow(problem, 100, solver, 4000)
     assert float(x0.mean()) == pytest.approx(MEAN, abs=0.03) and float(x0.std()) == pytest.approx(STD, abs=0.03)
-    k = known(problem, torch.tensor([last_time(problem)], dtype=torch.float64))
+    k = problem.at(torch.tensor([last_time(problem)], dtype=torch.float64))
     assert float(k.s / k.alpha) == pytest.approx(50, rel=1e-3)
 
 
@@ -206,13 +206,13 @@ def test_sde_has_the_same_marginals(row, diffusion):
     problem = Problem(FAMILIES[row], "data")
     x0, _ = flow(problem, 80, "sde", 4000, diffusion)
     # The last interval ends at the data prediction, which lacks the posterior's spread, s(t_last)^2 at most.
-    last = float(known(problem, time_grid(problem, 80)[-2:-1]).s)
+    last = float(problem.at(time_grid(problem, 80)[-2:-1]).s)
     assert float(x0.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(x0.std()) == pytest.approx(STD, abs=0.02 + last ** 2)
 
 
 def test_sbdm_is_the_forward_sdes_diffusion():
-    torch.testing.assert_close(DIFFUSIONS["sbdm"](known(Problem(FAMILIES["vp"]), T)), 0.1 + 19.9 * T)  # its beta(t)
+    torch.testing.assert_close(DIFFUSIONS["sbdm"](Problem(FAMILIES["vp"]).at(T)), 0.1 + 19.9 * T)  # its beta(t)
 
 
 def test_unknown_names_and_bad_steps_raise():
@@ -242,7 +242,7 @@ def test_euler_on_ve_steps_in_sigma():
     problem = Problem(FAMILIES["ve"], "data")
     x0, exact = flow(problem, 50, "euler", 500)
     grid = time_grid(problem, 50)
-    sigma = [*known(problem, grid).s[:-1].tolist(), 0]
+    sigma = [*problem.at(grid).s[:-1].tolist(), 0]
     x = MEAN + (STD ** 2 + sigma[0] ** 2) ** 0.5 * (exact - MEAN) / STD
     for i in range(50):
         denoised = gaussian(problem, MEAN, STD)(x, grid[i].float().expand(500))

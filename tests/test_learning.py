@@ -15,7 +15,7 @@ import sample
 from common.data import Stream
 from common.files import load_checkpoint
 from fid import frechet
-from interpolants import FAMILIES, Problem, Sampler, known
+from interpolants import FAMILIES, Problem, Sampler
 from sample import generate
 
 HALVES = np.where(np.arange(4) < 2, 1.0, -1.0)[:, None].repeat(4, 1)
@@ -272,7 +272,7 @@ def test_the_picture_noises_samples_afresh():
         watched, seen = distill.watch(problem, stream, [0.8], 0.5, n=10), []
         student = lambda x, t, *_: 0 * x  # noqa: E731
         watched.rows(student, lambda x, t, *_: seen.append(x) or x, student)
-        k = known(problem, torch.full((10,), 0.5), 4)
+        k = problem.at(torch.full((10,), 0.5), 4)
         eps = (seen[0] - (k.beta * watched.b.x1 if problem.sees_x1 else 0)) / k.s
         assert not any(torch.allclose(eps[i], made[i], atol=1e-4) for made in (watched.b.x1, watched.b.z)
                        for i in range(10))

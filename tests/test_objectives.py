@@ -9,7 +9,7 @@ import torch
 
 from common.run import UserError
 from distill import OBJECTIVES, WEIGHTS, Objective, check_objective, critic_loss, gap_loss, student_loss
-from interpolants import (FAMILIES, PREDICTIONS, Batch, Interpolant, Problem, convert, known, prediction_scale,
+from interpolants import (FAMILIES, PREDICTIONS, Batch, Interpolant, Problem, convert, prediction_scale,
                           regression_loss)
 from test_interpolants import gaussian
 
@@ -92,7 +92,7 @@ def test_fact_3_stop_is_dmds_gradient_whatever_kappa(row):
                  for kappa in (1.0, -7.0)]
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
         noised, _ = problem.noised(batch(x0, t))
-        k = known(problem, noised.t, 4)
+        k = problem.at(noised.t, 4)
         slope = 2 * (k.dalpha / k.alpha - k.ds / k.s)  # lambda', lambda = log(alpha^2 / s^2)
         s_star, s_psi = (gaussian(problem._replace(prediction="score"), *law)(noised.x_t, noised.t)
                          for law in ((M, S), (0.1, 0.7)))

@@ -683,7 +683,7 @@ def test_each_gradient_travels_once_for_each_step(flags, tmp_path, job, more, st
 @unix
 @pytest.mark.parametrize("out", ["s.npz", "s.png", "folder"])
 def test_two_processes_sample_the_same_file(small_teacher, tmp_path, out):
-    flags = ("--ckpt", small_teacher, "--samples", 10, "--steps", 3, "--batch", 3, "--labels", "random", "--cfg_scale",
+    flags = ("--ckpt", small_teacher, "--samples", 10, "--steps", 3, "--batch", 3, "--labels", "uniform", "--cfg_scale",
              1.5, "--device", "cpu", "--out")
     for world in (1, 2):
         Life(tmp_path, "sample", *flags, tmp_path / str(world) / out, world=world).end()
