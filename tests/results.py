@@ -80,10 +80,10 @@ ONE, MORE, STEPS = {"1": ""}, {"1": "", "1 of 10000": "--n 10000"}, {k: f"--step
 SOLVED = {f"{solver} {k}": f"--steps {k} --solver {solver}" for solver, k in (
     ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 250), ("heun", 5), ("heun", 12), ("heun", 25))}
 SUMMARY = (  # of the README
-    "linear teacher", "linear student", "linear student, 1200 iterations", "linear student, dmd, 1200 iterations",
-    "linear student, 4 steps, 800 iterations", "linear map, 900 s", "linear map, then student", "vp teacher",
-    "vp student, 1200 iterations", "gvp teacher", "gvp student, 1200 iterations", "ve teacher",
-    "ve student, 1200 iterations")
+    "linear teacher", "linear student", "linear student, 1200 iterations", "linear student, kappa 0, 1200 iterations",
+    "linear student, dmd, 1200 iterations", "linear student, 4 steps, 800 iterations", "linear map, 900 s",
+    "linear map, then student", "vp teacher", "vp student, 1200 iterations", "gvp teacher",
+    "gvp student, 1200 iterations", "ve teacher", "ve student, 1200 iterations")
 SHEET = ("linear", "vp", "gvp", "ve")  # families of the contact sheet; on ve cross has no gradient
 BEST = ("map lagrange", "map for 1/1.5, then sid")  # these run for 15 minutes as well
 PANELS = (("linear teacher", "50"), ("linear student, 1200 iterations", "1"), ("linear map, 900 s", "1"),
