@@ -21,7 +21,7 @@ from interpolants import (FAMILIES, PREDICTIONS, Batch, Problem, Sampler, conver
 from model import build_model, load_model
 
 MEANS, STDS = plane.MEANS.double(), plane.STDS.double()
-PATHS = ["linear", "vp", "gvp", "ve", "bridge"]
+PATHS = list(FAMILIES)
 
 
 def noise(x, sigma):
