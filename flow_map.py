@@ -177,7 +177,7 @@ def solve_leg(problem, net, b, n):
     """The teacher's leg by n steps of DDIM from b.t to b.r, as the one data prediction that makes it, (B,C,H,W)."""
     x, far = b, b.r
     for i in range(n):
-        r = b.t + (far - b.t) * (i + 1) / n
+        r = far + (b.t - far) * (n - 1 - i) / n  # ends at far itself, not just below 0
         x0 = problem.data(net, x._replace(r=None))
         x = x._replace(x_t=ddim(problem, x0, x, r), t=r)
     k, j = (problem.at(time, b.x_t.ndim) for time in (b.t, far))
@@ -291,8 +291,8 @@ def check_row(args, defaults):
     own = {"mu": row.first in ("teacher", "data") and row.second in ("student", "average"),
            "1-mu": row.first == "student" and row.second == "teacher"}
     if row.tangent == "jvp" and not own.get(row.lam):
-        raise UserError(f"--tangent jvp: --row {args.row} has no such limit, only euler, lagrange, meanflow and their "
-                        "like do; leave it out")
+        raise UserError(f"--tangent jvp: --lam {row.lam} --first {row.first} --second {row.second} have no such limit; "
+                        "choose the legs of euler, lagrange or meanflow, or leave it out")
     if row.first == "data" and row.tangent != "jvp":
         raise UserError("--first data: a finite leg from data is biased; add --tangent jvp")
     if (row.first == "data" or args.anchor) and row.times in DATA_FREE:

@@ -356,11 +356,11 @@ def read_names(label, path):
         return names.tolist() or None
 
 
-def load_pairs(path, interpolant, say=print):
-    """--pairs FILE.npz (sample.py): images and the noise that the teacher made them from (ReFlow, arXiv:2209.03003) ->
+def load_pairs(path, interpolant, say=print, flag="--pairs"):
+    """What sample.py --pairs wrote: images and the noise that the teacher made them from (ReFlow, arXiv:2209.03003) ->
     Images."""
-    label = f"--pairs {path}"
-    images, labels = read_npz(path, "--pairs", say)
+    label = f"{flag} {path}"
+    images, labels = read_npz(path, flag, say)
     with reading(label), np.load(path, allow_pickle=False) as npz:
         if not {"noise", "interpolant"} <= set(npz.files):
             raise UserError(f"{label}: holds no noise beside its images; make it with sample.py --pairs")
@@ -384,9 +384,11 @@ def open_data_of(args, run, config):
     if config.get("latent") and not holds_latents(args.data):
         raise UserError(f"--data {args.data}: are pixels, the teacher makes latents; give the folder that "
                         "train_teacher.py --cache_latents made")
+    if config.get("pairs") and not pathlib.Path(args.data).is_file():
+        raise UserError(f"--data {args.data}: the teacher learnt on pairs; give their file, of sample.py --pairs")
     kind, net = config.get("reference"), config["network"]
     side, channels, classes = net["image_size"], net["channels"], net["num_classes"]
-    data = in_turn(lambda: load_pairs(args.data, config["interpolant"], run.say) if config.get("pairs") else
+    data = in_turn(lambda: load_pairs(args.data, config["interpolant"], run.say, "--data") if config.get("pairs") else
                    load_images(args.data, args.data_dir, None if config.get("latent") else side, args.seed,
                                args.skip_broken, run.say))
     if data.classes and config.get("classes"):

@@ -92,14 +92,21 @@ def one_of(table):
     return parse
 
 
+def type_flag(flag, value):
+    """A flag with its value as it is typed; one that was not given: no --flag."""
+    if value is None or value is False:
+        return f"no --{flag}"
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join([f"--{flag}", *(str(v)[:200] for v in values)])
+
+
 def check_idle(args, defaults, table):
     """Raise UserError for a flag that is given and does nothing: the one table of a script's such flags has rows (flag,
     what it needs, whether that is there)."""
     for flag, needs, there in table:
-        if getattr(args, flag) != defaults[flag] and not there:
-            value = getattr(args, flag)
-            text = "" if value is True else " " + " ".join(map(str, value if isinstance(value, list) else [value]))
-            raise UserError(f"--{flag}{text}: does nothing without {needs}; add it, or leave --{flag} out")
+        value = getattr(args, flag)
+        if value != defaults[flag] and not there:
+            raise UserError(f"{type_flag(flag, value)}: does nothing without {needs}; add it, or leave --{flag} out")
 
 
 def add_run_flags(parser, **defaults):
@@ -518,10 +525,11 @@ class Run:
                             "--fresh")
         if args.fresh and not state["flags"].get("fresh"):
             return None  # that of the run before: the first attempt did not come to put it aside
+        free = FREE_FLAGS if self.job == "teacher" else {*FREE_FLAGS, "model"}  # which only repeats the teacher's
         changed = {flag: (getattr(args, flag, None), was) for flag, was in {**self.defaults, **state["flags"]}.items()
-                   if flag not in FREE_FLAGS and getattr(args, flag, was and None) != was}  # or gone since, and unused
+                   if flag not in free and getattr(args, flag, was and None) != was}  # or gone since, and unused
         if mixed := changed.keys() - TUNED_FLAGS:
-            now, was = (" ".join(f"--{flag} {str(changed[flag][i])[:200]}" for flag in sorted(mixed)) for i in (0, 1))
+            now, was = (" ".join(type_flag(flag, changed[flag][i]) for flag in sorted(mixed)) for i in (0, 1))
             raise UserError(f"{now}: {path} was made with {was}; repeat its flags, choose another --out, or start over "
                             "with --fresh")
         if state["step"] > args.iters:

@@ -434,7 +434,7 @@ def test_rates_may_change_on_the_way_and_nothing_else(run, refused, flags, tmp_p
               "distill": ["--kappa 3.0", "--ema 0.9"]}
     for flag in (*mixing[job], "--batch 8"):
         line = refused(job, *flags, 4, *flag.split(), says=(FILES[job], "choose another --out", "--fresh"))
-        assert flag in line.replace("[", ""), line
+        assert flag in line, line
     refused(job, *flags, 4, "--batch", 8, "--seed", 1, says=("--batch 8 --seed 1: ", "made with --batch 4 --seed 0;"))
     refused(job, *flags, 1, says=("--iters 1", "at iteration 2 already"))
     assert (tmp_path / FILES[job]).read_bytes() == before
@@ -443,12 +443,13 @@ def test_rates_may_change_on_the_way_and_nothing_else(run, refused, flags, tmp_p
     save_checkpoint(tmp_path / FILES[job], state)
     refused(job, *flags, 4, says="--batch 4: ")
     state["flags"]["batch"] = batch
-    for was, more in ((True, ("--gone None", "was made with --gone True")), (False, None)):  # a flag that is no more
+    for was, more in ((True, ("no --gone: ", "was made with --gone;")), (False, None)):  # a flag that is no more
         state["flags"]["gone"] = was
         save_checkpoint(tmp_path / FILES[job], state)
         assert not more or refused(job, *flags, 4, says=more)
     decay = ("--weight_decay", 0.5) * (job == "train_teacher")
-    said = run(job, *flags, 4, "--lr", 1e-5, "--clip", 0.5, "--accum", 2, "--grad_checkpoint", *decay)
+    said = run(job, *flags, 4, "--lr", 1e-5, "--clip", 0.5, "--accum", 2, "--grad_checkpoint", "--model", "SiT-XXS/4",
+               *decay)
     for group in load_checkpoint(tmp_path / FILES[job])["optimizer"]["param_groups"] if decay else ():
         assert group["weight_decay"] == 0.5
     assert "note: --lr 1e-05 from iteration 2 on" in said and "note: --clip 0.5 from iteration 2 on, 1.0 before" in said
@@ -1094,7 +1095,7 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
     "flow_map": ("--teacher_ckpt {teacher} --data {images} --device cpu --out run", [
         ("--teacher_ckpt {map}", "is a flow map"), ("--teacher_ckpt {student}", "is a student"), ("--mu 0", "above 0"),
         ("--row imm", ("--row imm", "lagrange, freeflow")), ("--mu 1", "must be below"), ("--mu 1.5", "--mu 1.5"),
-        ("--row shortcut --tangent jvp", ("--tangent jvp", "shortcut")), ("--lam half", ("--lam half", "random")),
+        ("--row shortcut --tangent jvp", ("--tangent jvp", "--lam 0.5 --first average")), ("--lam half", ("--lam half", "random")),
         ("--row euler --first data", ("--first data", "--tangent jvp")), ("--row freeflow", ("--data", "data-free")),
         ("--grid 8", "without --row progressive"), ("--row shortcut --mu 0.2", "--mu 0.2: does nothing"),
         ("--anchor 1 --cfg_scale 2", ("--cfg_scale 2", "--anchor")),
