@@ -1095,7 +1095,8 @@ MISTAKES = {  # job: (its flags, then those of a mistake and what the line says)
     "flow_map": ("--teacher_ckpt {teacher} --data {images} --device cpu --out run", [
         ("--teacher_ckpt {map}", "is a flow map"), ("--teacher_ckpt {student}", "is a student"), ("--mu 0", "above 0"),
         ("--row imm", ("--row imm", "lagrange, freeflow")), ("--mu 1", "must be below"), ("--mu 1.5", "--mu 1.5"),
-        ("--row shortcut --tangent jvp", ("--tangent jvp", "--lam 0.5 --first average")), ("--lam half", ("--lam half", "random")),
+        ("--row shortcut --tangent jvp", ("--tangent jvp", "--lam 0.5 --first average")),
+        ("--lam half", ("--lam half", "random")),
         ("--row euler --first data", ("--first data", "--tangent jvp")), ("--row freeflow", ("--data", "data-free")),
         ("--grid 8", "without --row progressive"), ("--row shortcut --mu 0.2", "--mu 0.2: does nothing"),
         ("--anchor 1 --cfg_scale 2", ("--cfg_scale 2", "--anchor")),
